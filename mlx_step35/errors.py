@@ -1,4 +1,4 @@
-"""The exception tree. Whatever a user can cause derives from Step35Error; everything else that escapes is a bug.
+"""The exception tree: what a user can cause derives from Step35Error; all else that escapes is a bug.
 
 Step35Error
 ├── ConfigError            config.json says something this model cannot be
@@ -35,7 +35,7 @@ class CapacityError(Step35Error):
 
 
 class RequestError(Step35Error):
-    """The caller asked for something invalid. `field` names the parameter, `code` is a short stable identifier."""
+    """The caller asked for something invalid: `field` names the parameter, `code` is a stable identifier."""
 
     def __init__(self, message: str, field: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
