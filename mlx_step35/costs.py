@@ -1,7 +1,7 @@
 """Bytes of weights, caches and reads: pure functions of the config and a recipe.
 
 The converter's dry run, its model card, the planner and the depth controller call these same functions.
-Nothing here is measured; sizes are exact because they are summed from the list of tensors that `layout` makes.
+Nothing here is measured; sizes are exact because they are summed from `layout`'s list of tensors.
 """
 
 from collections.abc import Iterable, Mapping

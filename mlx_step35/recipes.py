@@ -1,7 +1,7 @@
 """Recipes: which module gets how many bits.
 
-Uniform bits as mlx-lm chooses them, or a budget: routed experts take what memory is left after everything that
-runs for every token has been given 6 or 8 bits. Pure; a recipe is a finished table from path to packing.
+Uniform bits as mlx-lm chooses them, or a budget: routed experts take what memory is left after everything
+that runs for every token has been given 6 or 8 bits. Pure; a recipe is a finished table of path to packing.
 """
 
 import re
@@ -103,7 +103,7 @@ def machine_recipe(
 
 
 def fit_recipe(config: ModelConfig, budget: int, dtype: str = "BF16") -> Recipe:
-    """The best recipe whose backbone takes at most `budget` bytes. Raises CapacityError if 2 bits are too many.
+    """The best recipe whose backbone takes at most `budget` bytes. Raises CapacityError for too small ones.
 
     Every group of experts reaches a rung before any goes beyond it, because each bit less doubles the error;
     within a rung the order is `_by_sensitivity`.
@@ -149,7 +149,7 @@ class Override:
 
 
 def with_overrides(config: ModelConfig, recipe: Recipe, overrides: Sequence[Override]) -> Recipe:
-    """The recipe with some paths chosen by hand, the last word wins. An override that finds nothing is refused."""
+    """The recipe with some paths chosen by hand; later ones win, and one that finds nothing is refused."""
     choices = dict(recipe.choices)
     paths = [w.path for w in (*backbone_weights(config), *mtp_weights(config)) if w.is_quantizable]
     for override in overrides:
