@@ -11,8 +11,9 @@ from typing import Literal
 
 from mlx_step35.config import LayerConfig, ModelConfig
 from mlx_step35.errors import RequestError
+from mlx_step35.quantization import Mode as Mode
+from mlx_step35.quantization import Quantization as Quantization
 
-Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 Kind = Literal[
     "embedding", "head", "attention", "gate", "dense", "shared", "experts", "router", "norm", "bias"
 ]
@@ -21,15 +22,6 @@ Kind = Literal[
 VECTOR_KINDS: frozenset[Kind] = frozenset({"norm", "bias"})
 
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U32": 4, "U8": 1, "F8_E4M3": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """How one weight is packed."""
-
-    bits: int
-    group_size: int
-    mode: Mode = "affine"
 
 
 @dataclass(frozen=True, slots=True)
