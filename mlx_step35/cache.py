@@ -285,6 +285,11 @@ class SlidingKVCache:
 LayerCache = KVCache | SlidingKVCache
 
 
+def make_layer_cache(layer: LayerConfig, slack: int = DEFAULT_SLACK) -> LayerCache:
+    """An empty cache of the layer's kind."""
+    return KVCache() if layer.window is None else SlidingKVCache(layer.window, slack)
+
+
 class ModelCache(Sequence[LayerCache]):
     """The caches of all backbone layers; also usable as the `prompt_cache` of mlx-lm's loops.
 
@@ -294,9 +299,7 @@ class ModelCache(Sequence[LayerCache]):
     """
 
     def __init__(self, layers: Sequence[LayerConfig], slack: int = DEFAULT_SLACK) -> None:
-        self._layers: list[LayerCache] = [
-            KVCache() if layer.window is None else SlidingKVCache(layer.window, slack) for layer in layers
-        ]
+        self._layers: list[LayerCache] = [make_layer_cache(layer, slack) for layer in layers]
         self.slack = slack
         self.pending: list[int] = []
         self.tokens: list[int] = []
