@@ -68,7 +68,7 @@ ALIASES: Mapping[str, str] = {
 
 READ = _names(
     """
-    attention_other_setting bos_token_id eos_token_id head_dim hidden_size intermediate_size
+    attention_other_setting bos_token_id eos_token_id head_dim hidden_size intermediate_size mlx_step35_format
     layer_types max_position_embeddings max_seq_len mlp_layer_types model_type moe_intermediate_size
     moe_layers_enum moe_num_experts moe_router_scaling_factor moe_top_k mtp_layer_types
     mtp_mlp_layer_types norm_expert_weight num_attention_groups num_attention_heads
