@@ -11,8 +11,7 @@ from typing import Literal
 
 from mlx_step35.config import LayerConfig, ModelConfig
 from mlx_step35.errors import RequestError
-from mlx_step35.quantization import Mode as Mode
-from mlx_step35.quantization import Quantization as Quantization
+from mlx_step35.quantization import Quantization
 
 Kind = Literal[
     "embedding", "head", "attention", "gate", "dense", "shared", "experts", "router", "norm", "bias"

@@ -5,7 +5,7 @@ that runs for every token has been given 6 or 8 bits. Pure; a recipe is a finish
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -14,14 +14,13 @@ from mlx_step35.costs import kv_bytes, memory_limit, mtp_bytes, mtp_kv_bytes, st
 from mlx_step35.errors import CapacityError, RequestError
 from mlx_step35.layout import (
     Kind,
-    Mode,
-    Quantization,
     Recipe,
     Weight,
     backbone_weights,
     mtp_weights,
     stored_tensors,
 )
+from mlx_step35.quantization import AFFINE_BITS, AFFINE_GROUPS, DEFAULTS, Mode, Quantization
 
 RecipeName = Literal["mac-96", "mac-128", "mac-192", "mac-256", "mac-512"]
 RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
@@ -30,15 +29,7 @@ RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
 RECIPE_CONTEXT = 65536
 RECIPE_WORKSPACE = 2_000_000_000
 
-DEFAULTS: Mapping[Mode, Quantization] = {
-    "affine": Quantization(4, 64, "affine"),
-    "mxfp4": Quantization(4, 32, "mxfp4"),
-    "mxfp8": Quantization(8, 32, "mxfp8"),
-    "nvfp4": Quantization(4, 16, "nvfp4"),
-}
 ROUTER = Quantization(8, 64)
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-AFFINE_GROUPS = (32, 64, 128)
 
 # Rungs of the routed experts. Beyond 6 bits a machine has better uses for its bandwidth.
 EXPERT_RUNGS = tuple(Quantization(bits, 64) for bits in (2, 3, 4, 5, 6))

@@ -22,7 +22,7 @@ GROUPS = [
     {"model"},
     {"mtp"},
     {"checkpoint"},
-    {"decoding"},
+    {"conversion", "decoding"},
     {"prompt_cache"},
     {"engine"},
     {"api"},

@@ -7,7 +7,8 @@ import pytest
 
 from mlx_step35 import costs
 from mlx_step35.config import ModelConfig
-from mlx_step35.layout import Quantization, Recipe, Weight, backbone_weights, mtp_weights, stored_tensors
+from mlx_step35.layout import Recipe, Weight, backbone_weights, mtp_weights, stored_tensors
+from mlx_step35.quantization import Quantization
 from mlx_step35.recipes import Override, uniform_recipe, with_mtp, with_overrides
 
 GIB = 1 << 30

@@ -8,7 +8,8 @@ import pytest
 from mlx_step35 import costs
 from mlx_step35.config import ModelConfig
 from mlx_step35.errors import CapacityError, RequestError
-from mlx_step35.layout import Quantization, backbone_weights, mtp_weights
+from mlx_step35.layout import backbone_weights, mtp_weights
+from mlx_step35.quantization import Quantization
 from mlx_step35.recipes import (
     RECIPES,
     Override,

@@ -85,7 +85,7 @@ def read_listing(path: Path) -> Listing:
     `mtp*.safetensors`. Raises CheckpointError for a missing or damaged file, a tensor that is there twice,
     and an index that its shards contradict.
     """
-    index = _read_index(path)
+    index = read_index(path)
     shards = sorted(set(index.values())) or sorted(file.name for file in path.glob("model*.safetensors"))
     if not shards:
         raise CheckpointError(f"{path} has no model*.safetensors")
@@ -121,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, {} for a checkpoint without an index."""
     if not (path / INDEX).exists():
         return {}

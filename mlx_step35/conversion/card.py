@@ -1,0 +1,150 @@
+"""The model card of a converted checkpoint, made from facts only."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_step35.config import ModelConfig
+from mlx_step35.conversion.plan import Plan
+from mlx_step35.conversion.report import CONTEXTS, memory, rows, total
+
+CARD = "README.md"
+BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Where a conversion came from and how it was made; `name` is a path or a repo id."""
+
+    name: str
+    revision: str | None
+    command: str
+    versions: Mapping[str, str]
+    license: str | None
+
+    @property
+    def is_repo(self) -> bool:
+        return re.fullmatch(r"[\w.-]+/[\w.-]+", self.name) is not None and not Path(self.name).exists()
+
+
+def model_card(plan: Plan, config: ModelConfig, facts: Facts, title: str) -> str:
+    """README.md with the hub's metadata block."""
+    metadata = ["---", "library_name: mlx", "pipeline_tag: text-generation"]
+    if facts.license:
+        metadata.append(f"license: {facts.license}")
+    if facts.is_repo:
+        metadata += [f"base_model: {facts.name}", "base_model_relation: quantized"]
+    metadata += [
+        "tags:",
+        "- mlx",
+        "- step3p5",
+        *(["- multi-token-prediction"] if plan.sidecar else []),
+        "---",
+    ]
+    return "\n".join([*metadata, "", f"# {title}", "", *_body(plan, config, facts)]) + "\n"
+
+
+def put_quality(card: str, figures: Mapping[str, Any]) -> str:
+    """A card with its quality section filled. Raises ValueError when the section's marks are gone."""
+    before, begin, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError("the card has no quality section")
+    return f"{before}{BEGIN}\n{_quality(figures)}\n{END}{after}"
+
+
+def source_license(source: Path) -> str | None:
+    """The licence named in the metadata of the source's own card."""
+    path = source / CARD
+    if not path.exists():
+        return None
+    match = re.match(r"---\n(.*?)\n---", path.read_text(errors="replace"), re.DOTALL)
+    found = re.search(r"^license:\s*([\w.-]+)\s*$", match[1], re.MULTILINE) if match else None
+    return found[1] if found else None
+
+
+def _body(plan: Plan, config: ModelConfig, facts: Facts) -> list[str]:
+    revision = f" at revision `{facts.revision}`" if facts.revision else ""
+    source = f"[{facts.name}](https://huggingface.co/{facts.name})" if facts.is_repo else f"`{facts.name}`"
+    heads = (
+        "The multi-token-prediction layers are in `mtp.safetensors`; mlx-lm ignores that file."
+        if plan.sidecar
+        else "The multi-token-prediction layers were left out."
+    )
+    size = total(plan)
+    table = ["| part | GB | bits per weight | stored as |", "|---|---|---|---|"]
+    table += [
+        f"| {title} | {part.nbytes / 1e9:.3f} | {part.bits_per_weight:.2f} | {chosen} |"
+        for title, part, chosen in rows(plan)
+    ]
+    table.append(f"| **total** | {size.nbytes / 1e9:.3f} | {size.bits_per_weight:.2f} | |")
+    contexts = ["| context | GB |", "|---|---|"]
+    contexts += [
+        f"| {context // 1024}K | {memory(plan, config, context) / 1e9:.1f} |"
+        for context in CONTEXTS
+        if context <= config.context_length
+    ]
+    return [
+        f"Converted from {source}{revision}. {heads}",
+        "",
+        f"## Recipe `{plan.recipe.name}`",
+        "",
+        *table,
+        "",
+        "## Memory",
+        "",
+        "Weights and caches, without the workspace of a prefill (computed from the shapes):",
+        "",
+        *contexts,
+        "",
+        "## Quality",
+        "",
+        BEGIN,
+        "Not measured.",
+        END,
+        "",
+        "## Use",
+        "",
+        "With [mlx-step35](https://pypi.org/project/mlx-step35/), with drafting:"
+        if plan.sidecar
+        else "With [mlx-step35](https://pypi.org/project/mlx-step35/):",
+        "",
+        "```",
+        'mlx_step35.generate --model DIRECTORY --prompt "Write a haiku about weights."',
+        "```",
+        "",
+        "With mlx-lm, without drafting:" if plan.sidecar else "With mlx-lm:",
+        "",
+        "```",
+        'mlx_lm.generate --model DIRECTORY --prompt "Write a haiku about weights."',
+        "```",
+        "",
+        "## How it was made",
+        "",
+        "```",
+        facts.command,
+        "```",
+        "",
+        ", ".join(f"{name} {version}" for name, version in facts.versions.items()) + ".",
+        "`conversion.json` lists a SHA-256 for every tensor.",
+    ]
+
+
+def _quality(figures: Mapping[str, Any]) -> str:
+    """The measured figures as a table; keys are those of `quality`'s JSON."""
+    lines = ["| | source | this |", "|---|---|---|"]
+    lines.append(f"| perplexity | {figures['source_perplexity']:.4f} | {figures['model_perplexity']:.4f} |")
+    for depth, pair in enumerate(
+        zip(figures["source_acceptance"], figures["model_acceptance"], strict=False), 1
+    ):
+        lines.append(f"| MTP acceptance, depth {depth} | {pair[0]:.3f} | {pair[1]:.3f} |")
+    lines += [
+        "",
+        f"KL divergence from the source: {figures['kl_divergence']:.5f} nats a token; "
+        f"same first choice on {100 * figures['top1_agreement']:.1f}% of {figures['num_tokens']} tokens "
+        f"of {json.dumps(figures['text'], ensure_ascii=False)}.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,50 @@
+"""Writing the planned files slice by slice: memory holds a few slices, whatever the size of a tensor."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_step35.checkpoint.headers import Entry
+from mlx_step35.conversion.plan import Job, Shard
+from mlx_step35.conversion.tensorfile import TensorWriter
+from mlx_step35.conversion.transform import pack, read_weight, to_bytes
+
+# Freed buffers that MLX keeps for the next slice.
+CACHE_BYTES = 256 << 20
+
+
+def write_shard(
+    path: Path,
+    shard: Shard,
+    dtype: str,
+    entries: Mapping[str, Entry],
+    metadata: Mapping[str, str],
+    progress: Callable[[int], object],
+) -> dict[str, str]:
+    """Convert and write one file; it appears under its name only when complete. Returns checksums per tensor.
+
+    `progress` is told the source bytes of every slice. Raises CheckpointError for a damaged source.
+    """
+    mx.set_cache_limit(CACHE_BYTES)
+    with TensorWriter(path, shard.tensors, metadata) as writer:
+        for job in shard.jobs:
+            width = _source_bytes(job, entries) / job.weight.num_parameters
+            for _, array in read_weight(job, entries):
+                size = array.size
+                parts = pack(array, job, dtype)
+                mx.eval(parts)
+                for tensor, part in zip(job.outputs, parts, strict=True):
+                    writer.append(tensor.name, to_bytes(part))
+                progress(round(size * width))
+        return writer.commit()
+
+
+def source_bytes(shard: Shard, entries: Mapping[str, Entry]) -> int:
+    """What converting a file reads."""
+    return sum(_source_bytes(job, entries) for job in shard.jobs)
+
+
+def _source_bytes(job: Job, entries: Mapping[str, Entry]) -> int:
+    # Scales and biases of a packed source are an eighth at most and not worth a second number.
+    return entries[job.source].nbytes
