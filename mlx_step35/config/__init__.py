@@ -114,7 +114,7 @@ class ModelConfig:
             context_length=fields.integer(
                 "max_position_embeddings", fields.integer("max_seq_len", 0, minimum=0)
             ),
-            bos_token_id=fields.token_ids("bos_token_id")[0] if fields.has("bos_token_id") else None,
+            bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
             eos_token_ids=fields.token_ids("eos_token_id"),
             quantization=_quantization(fields),
             raw=raw,
