@@ -21,6 +21,7 @@ GROUPS = [
     {"attention", "moe"},
     {"model"},
     {"mtp"},
+    {"mtp_state"},
     {"checkpoint"},
     {"conversion", "decoding"},
     {"prompt_cache"},
