@@ -1,7 +1,6 @@
 """Fetching a source from the hub and publishing a result; huggingface_hub resumes both."""
 
-import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from mlx_step35.checkpoint.headers import INDEX, read_index
+from mlx_step35.checkpoint.headers import INDEX
 from mlx_step35.conversion.journal import LOCK
 from mlx_step35.conversion.outputs import COPIED
 from mlx_step35.errors import RequestError, Step35Error
@@ -31,10 +30,10 @@ class HubError(Step35Error):
     """The hub cannot be reached or refuses; nothing local has changed."""
 
 
-def fetch(source: str, revision: str | None, choose: Callable[[dict[str, str]], list[str]] | None) -> Path:
-    """A local directory for a path or repo id, with the small files and the shards that `choose` picks.
+def fetch_small(source: str, revision: str | None) -> Path:
+    """A local directory for a path or repo id; of a repo only config, index, tokenizer and the like.
 
-    `choose` sees the index (tensor -> file) and may be None for no weights at all, which is all a plan needs.
+    Raises RequestError for what is neither, HubError when the hub does not give it.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -42,17 +41,17 @@ def fetch(source: str, revision: str | None, choose: Callable[[dict[str, str]], 
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise RequestError(f"'{source}' is neither a directory nor a hub repo id", field="hf_path")
     with _one_line(source):
-        local = Path(snapshot_download(source, revision=revision, allow_patterns=list(SMALL)))
-        if choose is None:
-            return local
-        index = read_index(local)
-        files = choose(index) if index else ["model*.safetensors"]
-        sidecars = (
-            [] if any(fnmatch.fnmatch(file, "mtp*.safetensors") for file in files) else ["mtp*.safetensors"]
-        )
-        return Path(
-            snapshot_download(source, revision=local.name, allow_patterns=[*SMALL, *files, *sidecars])
-        )
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(SMALL)))
+
+
+def fetch_shards(source: str, small: Path, shards: list[str]) -> Path:
+    """The directory with these shards added, and sidecars if there are any; a local one has what it has."""
+    if Path(source).expanduser().is_dir():
+        return small
+    with _one_line(source):
+        # The commit of the first step, so that a push in between mixes nothing.
+        patterns = [*SMALL, *(shards or ["model*.safetensors"]), "mtp*.safetensors"]
+        return Path(snapshot_download(source, revision=small.name, allow_patterns=patterns))
 
 
 def upload(directory: Path, repo: str) -> str:

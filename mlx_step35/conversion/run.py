@@ -14,7 +14,7 @@ from mlx_step35.checkpoint.headers import read_index, read_json
 from mlx_step35.checkpoint.names import parameter_name, text_name
 from mlx_step35.config import ModelConfig
 from mlx_step35.conversion.card import CARD, Facts, model_card, source_license
-from mlx_step35.conversion.hub import fetch, upload
+from mlx_step35.conversion.hub import fetch_shards, fetch_small, upload
 from mlx_step35.conversion.journal import Journal, locked, open_journal
 from mlx_step35.conversion.options import Options, choose_recipe
 from mlx_step35.conversion.outputs import SHARD_METADATA, sidecar_metadata, write_outputs
@@ -32,7 +32,7 @@ from mlx_step35.quantization import Quantization, QuantizationSettings
 def run(options: Options) -> None:
     """Plan, print the plan, and unless it is a dry run carry it out."""
     options.check()
-    path = fetch(options.hf_path, options.revision, None)
+    path = fetch_small(options.hf_path, options.revision)
     config = ModelConfig.from_hf(read_json(path / "config.json"))
     index = read_index(path)
     if options.dry_run and index:
@@ -40,8 +40,9 @@ def run(options: Options) -> None:
         plan = _plan(options, config, index.keys(), {}, {})
         print(describe(plan, config))
         return
-    path = fetch(options.hf_path, options.revision, lambda index: _files(index, config, options.mtp))
-    source = read_source(path, _names(read_index(path), config, options.mtp))
+    wanted = _names(index, config, options.mtp)
+    path = fetch_shards(options.hf_path, path, _files(index, wanted))
+    source = read_source(path, wanted)
     plan = _plan(options, config, source.entries.keys(), source.metadata, source.mtp_metadata)
     check_source(plan, source.entries)
     print(describe(plan, config))
@@ -160,9 +161,8 @@ def _check_neighbour(directory: Path, config: ModelConfig) -> None:
         raise RequestError(f"{directory} holds a model of another shape", field="mlx_path")
 
 
-def _files(index: Mapping[str, str], config: ModelConfig, mtp: MTPChoice) -> list[str]:
-    """The shards a conversion reads."""
-    wanted = _names(index, config, mtp)
+def _files(index: Mapping[str, str], wanted: frozenset[str] | None) -> list[str]:
+    """The shards that hold what is wanted."""
     return sorted({file for name, file in index.items() if wanted is None or name in wanted})
 
 
