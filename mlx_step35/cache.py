@@ -149,6 +149,12 @@ class KVCache:
         rows.append(keys, values)
         return rows.read(0)
 
+    def read(self, start: int, end: int) -> tuple[mx.array, mx.array]:
+        """Compact copies of rows start..end-1; later updates do not touch them."""
+        assert 0 <= start <= end <= self.offset
+        keys, values = self._rows.read(start)
+        return mx.contiguous(keys[:, :, : end - start]), mx.contiguous(values[:, :, : end - start])
+
     def can_rollback(self, num_tokens: int) -> bool:
         return 0 <= num_tokens <= self.offset
 

@@ -1,0 +1,1 @@
+"""Saved states of token prefixes: an index over token ids, a store in memory, a tier on disk."""
