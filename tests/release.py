@@ -3,6 +3,7 @@
 Sizes are chosen so that groups of 64 divide every row and FP8 blocks of 128 have ragged edges both ways.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -181,3 +182,8 @@ def read_output(path: Path) -> dict[str, Stored]:
     for file in sorted(path.glob("*.safetensors")):
         tensors |= read_safetensors(file)[0]
     return tensors
+
+
+def digests(path: Path) -> dict[str, str]:
+    """A hash per file of a directory."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())}

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from mlx_step35.checkpoint import NANO, resolve_model
 from mlx_step35.checkpoint.headers import INDEX
 from mlx_step35.conversion.journal import LOCK
 from mlx_step35.conversion.outputs import COPIED
@@ -36,8 +37,8 @@ def fetch_small(source: str, revision: str | None) -> Path:
     Raises RequestError for what is neither, HubError when the hub does not give it.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        return path
+    if path.is_dir() or source == NANO:
+        return resolve_model(source)
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise RequestError(f"'{source}' is neither a directory nor a hub repo id", field="hf_path")
     with _one_line(source):
@@ -46,7 +47,7 @@ def fetch_small(source: str, revision: str | None) -> Path:
 
 def fetch_shards(source: str, small: Path, shards: list[str]) -> Path:
     """The directory with these shards added, and sidecars if there are any; a local one has what it has."""
-    if Path(source).expanduser().is_dir():
+    if Path(source).expanduser().is_dir() or source == NANO:
         return small
     with _one_line(source):
         # The commit of the first step, so that a push in between mixes nothing.

@@ -1,6 +1,7 @@
 """Writing the planned files slice by slice: memory holds a few slices, whatever the size of a tensor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,8 +27,7 @@ def write_shard(
 
     `progress` is told the source bytes of every slice. Raises CheckpointError for a damaged source.
     """
-    mx.set_cache_limit(CACHE_BYTES)
-    with TensorWriter(path, shard.tensors, metadata) as writer:
+    with _small_cache(), TensorWriter(path, shard.tensors, metadata) as writer:
         for job in shard.jobs:
             width = _source_bytes(job, entries) / job.weight.num_parameters
             for _, array in read_weight(job, entries):
@@ -48,3 +48,12 @@ def source_bytes(shard: Shard, entries: Mapping[str, Entry]) -> int:
 def _source_bytes(job: Job, entries: Mapping[str, Entry]) -> int:
     # Scales and biases of a packed source are an eighth at most and not worth a second number.
     return entries[job.source].nbytes
+
+
+@contextmanager
+def _small_cache() -> Iterator[None]:
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
