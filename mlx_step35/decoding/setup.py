@@ -1,0 +1,61 @@
+"""What a decode needs before it starts: the drafter, the depth controller, a seed for its noise."""
+
+from typing import cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_step35.cache import ModelCache
+from mlx_step35.decoding.records import DecodeOptions, DecodeStats, Drafter
+from mlx_step35.depth import DepthController, RoundBytes
+from mlx_step35.errors import RequestError
+from mlx_step35.model import Model
+from mlx_step35.mtp_state import DraftState
+from mlx_step35.sampling import CustomSampling, SamplingParams
+
+
+def make_drafter(
+    model: Model, cache: ModelCache, options: DecodeOptions, stats: DecodeStats
+) -> Drafter | None:
+    """The cache's draft state, a new one if it does not fit its tokens; without any, `stats` gets the reason.
+
+    Raises RequestError when a depth was asked for and the model has no MTP layers.
+    """
+    if options.mtp == "off":
+        stats.reason_off = "it was turned off"
+        return None
+    if model.mtp is None:
+        if options.mtp != "auto":
+            raise RequestError(f"mtp={options.mtp} needs MTP layers: {model.mtp_reason}", field="mtp")
+        stats.reason_off = model.mtp_reason
+        return None
+    if cache.mtp is None or cache.mtp.end != len(cache.tokens):
+        cache.mtp = DraftState(model.mtp, model.embed, len(cache.tokens))
+    return cast(Drafter, cache.mtp)
+
+
+def make_controller(model: Model) -> DepthController:
+    """A controller without experience; one that is kept for all decodes of a model keeps learning."""
+    return DepthController(_round_bytes(model))
+
+
+def _round_bytes(model: Model) -> RoundBytes:
+    """Bytes that rounds read, from the arrays a model really has."""
+    backbone = experts = 0
+    heads = [0] * len(model.config.mtp_layers)
+    for name, array in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())):
+        if name.startswith("mtp.layers."):
+            heads[int(name.split(".")[2])] += array.nbytes
+        elif ".switch_mlp." in name:
+            experts += array.nbytes
+        elif "embed_tokens" not in name or model.config.tie_word_embeddings:
+            backbone += array.nbytes
+    return RoundBytes(model.config, backbone, experts, tuple(heads), model.dtype.size)
+
+
+def noise_seed(sampling: SamplingParams | CustomSampling) -> int:
+    """Follows mx.random.seed, as mlx-lm scripts expect; greedy and seeded decoding do not draw from it."""
+    params = sampling.params if isinstance(sampling, CustomSampling) else sampling
+    if params.is_greedy or params.seed is not None:
+        return 0
+    return cast(int, mx.random.randint(0, 2**31 - 1).item())

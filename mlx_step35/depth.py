@@ -1,0 +1,252 @@
+"""How many tokens to draft, and from which source: the choice with the most expected tokens per second.
+
+It learns from the past only: how often drafts of each depth were accepted (decayed counts), and how long
+whole rounds of each kind took. Before a kind was measured, bytes read per round stand in for time, scaled by
+whatever was measured. Trying a kind that looks worse is paid from a budget, a small share of the time spent
+so far; so once settled the controller cannot lose more than that against the best kind it knows. Pure: the
+caller has the clock.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from statistics import median
+from typing import Literal
+
+from mlx_step35.config import ModelConfig
+from mlx_step35.costs import expected_experts, kv_bytes, kv_bytes_per_token
+
+Source = Literal["plain", "mtp", "lookup"]
+MAX_MTP_DEPTH = 3
+
+# A verify of 4, 8 or 16 tokens: widths between them would each need their own measurements.
+LOOKUP_LENGTHS = (3, 7, 15)
+MAX_LOOKUP_LENGTH = LOOKUP_LENGTHS[-1]
+# Matches shorter than this are counted apart: they are chance far more often.
+LONG_MATCH = 8
+
+DECAY = 0.96
+# What is assumed before anything was seen, and how many observations that assumption is worth.
+PRIOR_MTP = (0.8, 0.7, 0.6)
+PRIOR_LOOKUP = {"short": 0.5, "long": 0.85}
+PRIOR_WEIGHT = 1.0
+
+# Round times kept per kind; their median ignores a stray pause.
+NUM_TIMES = 7
+# Share of all decode time that trying apparently worse kinds may cost.
+PROBE_SHARE = 0.01
+# Rounds between two probes at first; the distance doubles while probes change nothing.
+PROBE_INTERVAL = 24
+MAX_PROBE_INTERVAL = 1536
+PROBE_ROUNDS = 3
+# Rounds over which the cost of bringing MTP layers up to date is spread when plans are compared.
+CATCH_UP_ROUNDS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One round: `depth` drafts from a source; a plain round drafts nothing."""
+
+    source: Source
+    depth: int
+
+
+PLAIN = Plan("plain", 0)
+
+# Bytes one round of a plan reads at a context length.
+RoundCost = Callable[[Plan, int], float]
+
+
+class RoundBytes:
+    """The byte model of a round: experts by the union of what its tokens choose, all else once."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        backbone_bytes: int,
+        expert_bytes: int,
+        mtp_bytes: Sequence[int],
+        kv_dtype_bytes: int,
+    ) -> None:
+        share = 1 / config.num_experts if config.num_experts else 0.0
+        self._pass_bytes = [
+            backbone_bytes + expert_bytes * expected_experts(config, width) * share
+            for width in range(MAX_LOOKUP_LENGTH + 2)
+        ]
+        self._mtp_bytes = [sum(mtp_bytes[:depth]) for depth in range(len(mtp_bytes) + 1)]
+        self._token_bytes = kv_bytes_per_token(config, kv_dtype_bytes)
+        self._window = config.window or 1
+        self._window_bytes = kv_bytes(config, self._window, kv_dtype_bytes) - self._token_bytes * self._window
+
+    def __call__(self, plan: Plan, context: int) -> float:
+        cached = self._token_bytes * context + self._window_bytes * min(context / self._window, 1.0)
+        heads = self._mtp_bytes[plan.depth] if plan.source == "mtp" else 0
+        return self._pass_bytes[plan.depth + 1] + heads + cached
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a round may do.
+
+    `depths` are numbers of MTP drafts, 0 for a plain round; `match_length` tokens matched before
+    `lookup_tokens` drafts; `rows_behind` tells how many rows the layers must catch up on for a depth.
+    """
+
+    depths: tuple[int, ...]
+    lookup_tokens: int = 0
+    match_length: int = 0
+    rows_behind: Callable[[int], int] | None = None
+
+    def catch_up_rows(self, plan: Plan) -> int:
+        return self.rows_behind(plan.depth) if plan.source == "mtp" and self.rows_behind else 0
+
+
+@dataclass(slots=True)
+class _Rate:
+    """A decayed share of successes that starts at a prior."""
+
+    prior: float
+    trials: float = 0.0
+    successes: float = 0.0
+
+    @property
+    def value(self) -> float:
+        return (self.prior * PRIOR_WEIGHT + self.successes) / (PRIOR_WEIGHT + self.trials)
+
+    def observe(self, success: bool) -> None:
+        self.trials = self.trials * DECAY + 1
+        self.successes = self.successes * DECAY + success
+
+
+class _Times:
+    """Round times of one kind in seconds per byte read, so that they carry over to other context lengths."""
+
+    def __init__(self) -> None:
+        self._samples: deque[float] = deque(maxlen=NUM_TIMES)
+        self._is_warm = False
+
+    def observe(self, seconds_per_byte: float) -> None:
+        # The first round of a kind may compile kernels; it says nothing about the second.
+        if self._is_warm:
+            self._samples.append(seconds_per_byte)
+        self._is_warm = True
+
+    @property
+    def value(self) -> float | None:
+        return median(self._samples) if self._samples else None
+
+
+class DepthController:
+    """Chooses a plan per round and learns from its outcome."""
+
+    def __init__(self, round_bytes: RoundCost) -> None:
+        self._round_bytes = round_bytes
+        self._mtp = [_Rate(prior) for prior in PRIOR_MTP]
+        self._lookup = {name: _Rate(prior) for name, prior in PRIOR_LOOKUP.items()}
+        self._times: dict[Plan, _Times] = {}
+        self._catch_up_s = 0.0
+        self._elapsed_s = 0.0
+        self._probe_debt_s = 0.0
+        self._probe_interval = PROBE_INTERVAL
+        self._round = 0
+        self._last_rounds: dict[Plan, int] = {}
+        self._probe: tuple[Plan, int] | None = None
+        self._best = PLAIN
+
+    def expected_tokens(self, plan: Plan, match_length: int = 0) -> float:
+        """Tokens one round yields on average: the one of the verify, and every draft accepted before it."""
+        rates = self._rates(plan, match_length)
+        chain: list[float] = list(accumulate((rate.value for rate in rates), mul))
+        return 1 + sum(chain)
+
+    def round_s(self, plan: Plan, context: int) -> float:
+        """Seconds of a round: measured, or by bytes from the plan of the nearest depth that was measured."""
+        nbytes = self._round_bytes(plan, context)
+        measured = {p: times.value for p, times in self._times.items() if times.value is not None}
+        if not measured:
+            return nbytes
+        nearest = min(measured, key=lambda p: (p != plan, abs(p.depth - plan.depth), p.depth))
+        return measured[nearest] * nbytes
+
+    def choose(self, context: int, offer: Offer) -> Plan:
+        """The plan for the next round."""
+        plans = _mtp_plans(offer) + _lookup_plans(offer)
+        if len(plans) == 1:
+            return plans[0]
+        best = max(plans, key=lambda plan: self._speed(plan, context, offer))
+        if best.source == "lookup":
+            return best
+        if best != self._best:
+            self._best = best
+            self._probe_interval = PROBE_INTERVAL
+        if self._probe is None:
+            self._probe = self._next_probe(context, offer)
+        return self._probe[0] if self._probe and self._probe[0] in plans else best
+
+    def observe(
+        self,
+        plan: Plan,
+        num_accepted: int,
+        seconds: float,
+        context: int,
+        match_length: int = 0,
+        caught_up: int = 0,
+    ) -> None:
+        """Learn from a finished round; `caught_up` MTP rows were run beyond those of the round itself."""
+        rates = self._rates(plan, match_length)
+        for index in range(min(num_accepted + 1, plan.depth)):
+            rates[index].observe(index < num_accepted)
+        self._elapsed_s += seconds
+        if self._probe and self._probe[0] == plan:
+            lost_s = seconds - (num_accepted + 1) / self._speed(self._best, context, Offer(()))
+            self._probe_debt_s += max(lost_s, 0.0)
+            left = self._probe[1] - 1
+            self._probe = (plan, left) if left else None
+        if caught_up:
+            self._catch_up_s = max(seconds - self.round_s(plan, context), 0.0) / caught_up
+        else:
+            self._times.setdefault(plan, _Times()).observe(seconds / self._round_bytes(plan, context))
+        self._round += 1
+        self._last_rounds[plan] = self._round
+
+    def _rates(self, plan: Plan, match_length: int) -> list[_Rate]:
+        """Acceptance of each draft of a plan, given that those before it were accepted."""
+        if plan.source == "lookup":
+            return [self._lookup[_bucket(match_length)]] * plan.depth
+        return self._mtp[: plan.depth]
+
+    def _speed(self, plan: Plan, context: int, offer: Offer) -> float:
+        """Expected tokens per second; catching up is shared by the rounds that will profit from it."""
+        catch_up_s = self._catch_up_s * offer.catch_up_rows(plan) / CATCH_UP_ROUNDS
+        return self.expected_tokens(plan, offer.match_length) / (self.round_s(plan, context) + catch_up_s)
+
+    def _next_probe(self, context: int, offer: Offer) -> tuple[Plan, int] | None:
+        """The most promising plan not tried for long, if the budget covers that every draft is wrong."""
+        best = self._times.get(self._best)
+        if best is None or best.value is None:
+            return None
+        due = self._round - self._probe_interval
+        stale = [p for p in _mtp_plans(offer) if p != self._best and self._last_rounds.get(p, 0) <= due]
+        budget_s = PROBE_SHARE * self._elapsed_s - self._probe_debt_s
+        token_s = 1 / self._speed(self._best, context, offer)
+        for plan in sorted(stale, key=lambda plan: -self._speed(plan, context, offer)):
+            lost_s = PROBE_ROUNDS * (self.round_s(plan, context) - token_s)
+            if lost_s + self._catch_up_s * offer.catch_up_rows(plan) <= budget_s:
+                self._probe_interval = min(2 * self._probe_interval, MAX_PROBE_INTERVAL)
+                return plan, PROBE_ROUNDS
+        return None
+
+
+def _mtp_plans(offer: Offer) -> list[Plan]:
+    return [Plan("mtp", depth) if depth else PLAIN for depth in offer.depths]
+
+
+def _lookup_plans(offer: Offer) -> list[Plan]:
+    lengths = {min(length, offer.lookup_tokens) for length in LOOKUP_LENGTHS} - {0}
+    return [Plan("lookup", length) for length in sorted(lengths)]
+
+
+def _bucket(match_length: int) -> str:
+    return "long" if match_length >= LONG_MATCH else "short"
