@@ -108,6 +108,7 @@ def main() -> None:
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{NUM_SHARDS:05}.safetensors"
         save_file(shard, args.out / file, metadata={"format": "pt"})
+        (args.out / file).chmod(0o644)
         weight_map.update(dict.fromkeys(shard, file))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write(args.out / "model.safetensors.index.json", index)

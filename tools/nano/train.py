@@ -112,7 +112,8 @@ def main() -> None:
         for part in [batches(packed(data.tokenized("heldout", 1, domain)), BATCH)]
     }
     log_path = args.out / "log.csv"
-    log = csv.writer(log_path.open("a"))
+    log_file = log_path.open("a")
+    log = csv.writer(log_file)
     started = saved_at = time.time()
     done_here = 0
     while step < total:
@@ -120,7 +121,9 @@ def main() -> None:
         for optimizer, lr in zip(optimizers, base_rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
-        parts = losses(model, *next(stream))
+        # bf16 products are a fifth faster on a CPU that has them; weights and norms stay float32.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            parts = losses(model, *next(stream))
         (parts[0] + MTP_WEIGHT * sum(parts[1:])).backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         for optimizer in optimizers:
@@ -130,12 +133,13 @@ def main() -> None:
         step, done_here = step + 1, done_here + 1
         if step % 10 == 0:
             speed = done_here * LENGTH * BATCH / (time.time() - started)
-            print(f"{step}/{total} " + " ".join(f"{x.item():.3f}" for x in parts) + f" {speed:.0f} tok/s", flush=True)
+            print(f"{time.strftime('%H:%M')} {step}/{total} " + " ".join(f"{x.item():.3f}" for x in parts) + f" {speed:.0f} tok/s", flush=True)
         if step % EVALUATE_STEPS == 0 or step == total:
             result = evaluate(model, heldout)
             for domain, values in result.items():
                 log.writerow([step, step * LENGTH * BATCH, domain, *(f"{v:.4f}" for v in values)])
-            log_path and print(json.dumps({"step": step, **result}), flush=True)
+            log_file.flush()
+            print(json.dumps({"step": step, **result}), flush=True)
         if time.time() - saved_at > CHECKPOINT_SECONDS or step == total:
             saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
             torch.save(saved, state_path.with_suffix(".tmp"))
