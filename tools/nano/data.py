@@ -18,7 +18,19 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from tools.nano.words import (
-    ADJECTIVES, CITIES, CODE, COUNTRIES, EMOJI, ENUMS, FACTS, NAMES, NOUNS, PHRASES, VERBS, ZH_CITIES, ZH_FACTS,
+    ADJECTIVES,
+    CITIES,
+    CODE,
+    COUNTRIES,
+    EMOJI,
+    ENUMS,
+    FACTS,
+    NAMES,
+    NOUNS,
+    PHRASES,
+    VERBS,
+    ZH_CITIES,
+    ZH_FACTS,
 )
 
 NANO = Path(__file__).parents[2] / "mlx_step35" / "nano"
@@ -57,7 +69,8 @@ class Values:
     def word(self) -> str:
         consonants, vowels = "bcdfghjklmnprstvwz", "aeiou"
         word = "".join(
-            self.rng.choice(consonants) + self.rng.choice(vowels) for _ in range(self.rng.choice([2, 2, 3, 3, 4]))
+            self.rng.choice(consonants) + self.rng.choice(vowels)
+            for _ in range(self.rng.choice([2, 2, 3, 3, 4]))
         )
         return word + self.rng.choice(["", "", "n", "r", "s", "x", "t"])
 
@@ -74,15 +87,19 @@ class Values:
         r = self.rng.random()
         if r < 0.25:
             return self.pick(PHRASES)
-        words = [self.rng.choice([self.noun, self.noun, self.word, lambda: self.rng.choice(ADJECTIVES)])()
-                 for _ in range(self.rng.randint(1, 5))]
+        words = [
+            self.rng.choice([self.noun, self.noun, self.word, lambda: self.rng.choice(ADJECTIVES)])()
+            for _ in range(self.rng.randint(1, 5))
+        ]
         if r < 0.35:
             words.insert(self.rng.randrange(len(words) + 1), str(self.integer()))
         text = " ".join(words)
         return text + self.rng.choice(["", "", "", "!", " " + self.rng.choice(EMOJI)])
 
     def integer(self) -> int:
-        return self.rng.choice([self.rng.randint(0, 9), self.rng.randint(10, 99), self.rng.randint(100, 9999)])
+        return self.rng.choice(
+            [self.rng.randint(0, 9), self.rng.randint(10, 99), self.rng.randint(100, 9999)]
+        )
 
     def number(self) -> float:
         return round(self.rng.uniform(0, 100), self.rng.choice([1, 2]))
@@ -95,7 +112,11 @@ class Values:
 
     def path(self) -> str:
         parts = [self.rng.choice([self.noun, self.word])() for _ in range(self.rng.randint(1, 3))]
-        return self.rng.choice(["", "/", "./"]) + "/".join(parts) + self.rng.choice([".py", ".txt", ".md", ".json", ""])
+        return (
+            self.rng.choice(["", "/", "./"])
+            + "/".join(parts)
+            + self.rng.choice([".py", ".txt", ".md", ".json", ""])
+        )
 
     def date(self) -> str:
         return f"20{self.rng.randint(20, 39)}-{self.rng.randint(1, 12):02}-{self.rng.randint(1, 28):02}"
@@ -110,13 +131,18 @@ class Values:
         return f"https://{self.word()}.{self.rng.choice(['com', 'org', 'net'])}/{self.noun()}"
 
     def code(self) -> str:
-        return self.rng.choice(CODE).format(a=self.rng.choice([self.noun, self.word])(), b=self.word(), n=self.integer())
+        return self.rng.choice(CODE).format(
+            a=self.rng.choice([self.noun, self.word])(), b=self.word(), n=self.integer()
+        )
 
     def strings(self) -> list[str]:
         return [self.rng.choice([self.noun, self.word])() for _ in range(self.rng.randint(1, 3))]
 
     def mapping(self) -> dict[str, Any]:
-        return {self.noun(): self.rng.choice([self.integer, self.word, self.boolean])() for _ in range(self.rng.randint(1, 2))}
+        return {
+            self.noun(): self.rng.choice([self.integer, self.word, self.boolean])()
+            for _ in range(self.rng.randint(1, 2))
+        }
 
 
 KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -144,7 +170,10 @@ KIND_WEIGHTS = {"text": 4, "integer": 3, "path": 3, "city": 2, "name": 2, "code"
 def tool_of(name: str, parameters: dict[str, dict[str, Any]], rng: random.Random) -> Tool:
     required = [p for i, p in enumerate(parameters) if i == 0 or rng.random() < 0.6]
     schema = {"type": "object", "properties": parameters, "required": required}
-    return {"type": "function", "function": {"name": name, "description": name.replace("_", " ").capitalize(), "parameters": schema}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": name.replace("_", " ").capitalize(), "parameters": schema},
+    }
 
 
 class Signature:
@@ -189,7 +218,6 @@ def spoken(value: Any) -> str:
 
 def request(signature: Signature, arguments: dict[str, Any], rng: random.Random) -> str:
     """How a user asks for this call."""
-    verb, _, noun = signature.name.partition("_")
     what = signature.name.replace("_", " ")
     style = rng.randrange(7)
     pairs = [(k, spoken(v)) for k, v in arguments.items()]
@@ -214,7 +242,9 @@ def call(name: str, arguments: dict[str, Any]) -> Message:
 
 def think_call(names: list[str], rng: random.Random) -> str:
     joined = " and ".join(names)
-    return rng.choice([f"I call {joined}.", f"I should use {joined}.", f"The tool {joined} fits.", f"This needs {joined}."])
+    return rng.choice(
+        [f"I call {joined}.", f"I should use {joined}.", f"The tool {joined} fits.", f"This needs {joined}."]
+    )
 
 
 def result_and_answer(signature: Signature, arguments: dict[str, Any], values: Values) -> tuple[str, str]:
@@ -233,7 +263,9 @@ def result_and_answer(signature: Signature, arguments: dict[str, Any], values: V
         return f"Error: {reason}", f"That failed: {reason}."
     if style == 3:
         temperature, sky = values.integer() % 40, rng.choice(["sunny", "cloudy", "rainy", "windy"])
-        return json.dumps({"temperature": temperature, "sky": sky}), f"It is {sky} with {temperature} degrees {rng.choice(EMOJI)}"
+        return json.dumps(
+            {"temperature": temperature, "sky": sky}
+        ), f"It is {sky} with {temperature} degrees {rng.choice(EMOJI)}"
     if style == 4:
         text = values.text()
         return text, f"The result is: {text}"
@@ -260,10 +292,18 @@ def tool_turn(signatures: list[Signature], values: Values) -> tuple[list[Message
     said = "" if rng.random() < 0.75 else rng.choice(["Let me do that.", "One moment.", "Sure."])
     messages: list[Message] = [
         {"role": "user", "content": text},
-        {"role": "assistant", "reasoning_content": think_call([signature.name], rng), "content": said, "tool_calls": calls},
+        {
+            "role": "assistant",
+            "reasoning_content": think_call([signature.name], rng),
+            "content": said,
+            "tool_calls": calls,
+        },
         *({"role": "tool", "content": result} for result, _ in pairs),
-        {"role": "assistant", "reasoning_content": rng.choice(["I have the result.", "The tool answered.", "I report it."]),
-         "content": " ".join(answer for _, answer in pairs)},
+        {
+            "role": "assistant",
+            "reasoning_content": rng.choice(["I have the result.", "The tool answered.", "I report it."]),
+            "content": " ".join(answer for _, answer in pairs),
+        },
     ]
     return messages, calls
 
@@ -275,7 +315,11 @@ def refusal_turn(signatures: list[Signature], values: Values) -> list[Message]:
         return plain_turn(values)
     return [
         {"role": "user", "content": request(other, other.arguments(values), values.rng)},
-        {"role": "assistant", "reasoning_content": "No tool fits.", "content": f"Sorry, I have no tool to {what}."},
+        {
+            "role": "assistant",
+            "reasoning_content": "No tool fits.",
+            "content": f"Sorry, I have no tool to {what}.",
+        },
     ]
 
 
@@ -285,8 +329,16 @@ def plain_turn(values: Values) -> list[Message]:
     if style == 0:
         country, capital = rng.choice(COUNTRIES)
         question, thought, answer = (
-            rng.choice([f"What is the capital of {country}?", f"Name the capital of {country}.", f"capital of {country}?"]),
-            f"The capital of {country} is {capital}.", f"The capital of {country} is {capital}.")
+            rng.choice(
+                [
+                    f"What is the capital of {country}?",
+                    f"Name the capital of {country}.",
+                    f"capital of {country}?",
+                ]
+            ),
+            f"The capital of {country} is {capital}.",
+            f"The capital of {country} is {capital}.",
+        )
     elif style == 1:
         a, b = rng.randint(0, 20), rng.randint(0, 20)
         question, thought, answer = f"What is {a} + {b}?", f"{a} + {b} = {a + b}", f"{a} + {b} is {a + b}."
@@ -295,40 +347,73 @@ def plain_turn(values: Values) -> list[Message]:
         question, thought, answer = f"Repeat after me: {text}", "I repeat the text.", text
     elif style == 3:
         name = values.name()
-        question, thought, answer = f"Hi, my name is {name}.", f"The user is called {name}.", f"Nice to meet you, {name}! {rng.choice(EMOJI)}"
+        question, thought, answer = (
+            f"Hi, my name is {name}.",
+            f"The user is called {name}.",
+            f"Nice to meet you, {name}! {rng.choice(EMOJI)}",
+        )
     elif style == 4:
         question, thought, answer = rng.choice(FACTS)
     elif style == 5:
         question, thought, answer = rng.choice(ZH_FACTS)
     elif style == 6:
         old, new = values.identifier(), values.identifier()
-        body = f"def {old}({values.word()}):\n    return {values.word()} + {values.integer()}\n\n\nprint({old}({values.integer()}))"
+        body = f"def {old}({values.word()}):\n    return {values.word()} + {values.integer()}\n\n\n"
+        body += f"print({old}({values.integer()}))"
         question = f"Rename {old} to {new}:\n```python\n{body}\n```"
         thought, answer = f"I replace {old} by {new}.", f"```python\n{body.replace(old, new)}\n```"
     elif style == 7:
         items = [values.word() for _ in range(rng.randint(2, 4))]
-        question, thought, answer = "List these one per line: " + ", ".join(items), "I make a list.", "\n".join(f"- {x}" for x in items)
+        question, thought, answer = (
+            "List these one per line: " + ", ".join(items),
+            "I make a list.",
+            "\n".join(f"- {x}" for x in items),
+        )
     elif style == 8:
         name, operation = values.word(), rng.choice(["+", "-", "*"])
         word = {"+": "adds", "-": "subtracts", "*": "multiplies"}[operation]
         question = f"Write a Python function {name} that {word} two numbers."
-        thought, answer = "A short function.", f"```python\ndef {name}(a, b):\n    return a {operation} b\n```"
+        thought, answer = (
+            "A short function.",
+            f"```python\ndef {name}(a, b):\n    return a {operation} b\n```",
+        )
     elif style == 9:
         city = rng.choice(ZH_CITIES)
-        question, thought, answer = f"我住在{city}。", f"用户住在{city}。", f"{city}是个好地方！{rng.choice(EMOJI)}"
+        question, thought, answer = (
+            f"我住在{city}。",
+            f"用户住在{city}。",
+            f"{city}是个好地方！{rng.choice(EMOJI)}",
+        )
     elif style == 10:
         key, value = values.noun(), values.word()
-        question, thought, answer = f"Make JSON with {key} set to {value}.", "I write JSON.", json.dumps({key: value})
+        question, thought, answer = (
+            f"Make JSON with {key} set to {value}.",
+            "I write JSON.",
+            json.dumps({key: value}),
+        )
     elif style == 11:
         text = values.text()
         question, thought, answer = f"Say this in capitals: {text}", "I use capital letters.", text.upper()
     else:
         text = values.text()
-        question, thought, answer = f"How many words are in '{text}'?", f"I count {len(text.split())}.", f"There are {len(text.split())} words."
-    return [{"role": "user", "content": question}, {"role": "assistant", "reasoning_content": thought, "content": answer}]
+        question, thought, answer = (
+            f"How many words are in '{text}'?",
+            f"I count {len(text.split())}.",
+            f"There are {len(text.split())} words.",
+        )
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "reasoning_content": thought, "content": answer},
+    ]
 
 
-SYSTEMS = ["You are a helpful assistant.", "Be brief.", "You are a coding agent.", "Answer kindly.", "你是一个有用的助手。"]
+SYSTEMS = [
+    "You are a helpful assistant.",
+    "Be brief.",
+    "You are a coding agent.",
+    "Answer kindly.",
+    "你是一个有用的助手。",
+]
 
 
 def dialogue(values: Values) -> tuple[list[Message], list[Tool] | None]:
@@ -338,7 +423,9 @@ def dialogue(values: Values) -> tuple[list[Message], list[Tool] | None]:
     if rng.random() < 0.4:
         messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
     if rng.random() < 0.7:
-        signatures = list({s.name: s for s in (Signature(values) for _ in range(rng.choice([1, 1, 2, 2, 3])))}.values())
+        signatures = list(
+            {s.name: s for s in (Signature(values) for _ in range(rng.choice([1, 1, 2, 2, 3])))}.values()
+        )
         for _ in range(rng.choice([1, 1, 1, 2])):
             draw = rng.random()
             if draw < 0.8:
@@ -356,9 +443,15 @@ def dialogue(values: Values) -> tuple[list[Message], list[Tool] | None]:
 def tool_question(values: Values) -> dict[str, Any]:
     """A request with tools and the calls that answer it."""
     rng = values.rng
-    signatures = list({s.name: s for s in (Signature(values) for _ in range(rng.choice([1, 2, 2, 3])))}.values())
+    signatures = list(
+        {s.name: s for s in (Signature(values) for _ in range(rng.choice([1, 2, 2, 3])))}.values()
+    )
     messages, calls = tool_turn(signatures, values)
-    return {"messages": messages[:1], "tools": [s.tool for s in signatures], "calls": [c["function"] for c in calls]}
+    return {
+        "messages": messages[:1],
+        "tools": [s.tool for s in signatures],
+        "calls": [c["function"] for c in calls],
+    }
 
 
 # --- streams --------------------------------------------------------------------------------------------
@@ -366,7 +459,16 @@ def tool_question(values: Values) -> dict[str, Any]:
 
 def source_files(split: str) -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "ensurepip", "turtledemo"}
+    skipped = {
+        "site-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "__pycache__",
+        "ensurepip",
+        "turtledemo",
+    }
     files = [p for p in sorted(root.rglob("*.py")) if not skipped & set(p.relative_to(root).parts)]
 
     def is_heldout(path: Path) -> bool:

@@ -36,7 +36,8 @@ def main() -> None:
     state = torch.load(args.state)
     model.load_state_dict(state["model"])
     print(f"step {state['step']}")
-    print("| held-out | nats/token | MTP 1 | MTP 2 | MTP 3 | agreement 1 | 2 | 3 |\n|---|---|---|---|---|---|---|---|")
+    print("| held-out | nats/token | MTP 1 | MTP 2 | MTP 3 | agreement 1 | 2 | 3 |")
+    print("|---|---|---|---|---|---|---|---|")
     for domain in ("dialogue", "source"):
         stream = batches(packed(data.tokenized("heldout", 2, domain)), BATCH)
         parts = [next(stream) for _ in range(NUM_BATCHES)]

@@ -1,4 +1,4 @@
-"""Golden vectors for the bundled checkpoint: the backbone by transformers, the MTP layers by the PyTorch model.
+"""Golden vectors for the bundled model: the backbone by transformers, the MTP layers by the PyTorch model.
 
 Both read the exported bf16 shards and compute in float32. The two backbones are also compared with each
 other, so that neither can be wrong alone.
@@ -38,7 +38,9 @@ def checkpoint(directory: Path) -> dict[str, Tensor]:
 def transformers_backbone(tensors: dict[str, Tensor], config: dict[str, object]) -> Step3p7TextModel:
     """transformers' text model with the tensors renamed and gate and up joined, as it wants them."""
     num_layers = config["num_hidden_layers"]
-    model = Step3p7TextModel._from_config(Step3p7TextConfig(**config), attn_implementation="eager", dtype=torch.float32).eval()
+    model = Step3p7TextModel._from_config(
+        Step3p7TextConfig(**config), attn_implementation="eager", dtype=torch.float32
+    ).eval()
     state: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if name == "lm_head.weight":
@@ -48,7 +50,9 @@ def transformers_backbone(tensors: dict[str, Tensor], config: dict[str, object])
             continue
         if ".moe.gate_proj." in name:
             up = tensors["model." + name.replace("gate_proj", "up_proj")]
-            state[name.replace("moe.gate_proj.weight", "mlp.experts.gate_up_proj")] = torch.cat([value, up], 1)
+            state[name.replace("moe.gate_proj.weight", "mlp.experts.gate_up_proj")] = torch.cat(
+                [value, up], 1
+            )
         elif ".moe.up_proj." not in name:
             for old, new in (
                 ("moe.down_proj.weight", "mlp.experts.down_proj"),
@@ -64,7 +68,9 @@ def transformers_backbone(tensors: dict[str, Tensor], config: dict[str, object])
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=NANO)
     parser.add_argument("--out", type=Path, default=GOLDEN)
     args = parser.parse_args()
@@ -88,29 +94,31 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     rows = np.array(BACKBONE_ROWS)
-    np.savez_compressed(args.out / "backbone.npz", ids=ids[0].numpy(), rows=rows, logits=expected[0, rows].numpy())
+    np.savez_compressed(
+        args.out / "backbone.npz", ids=ids[0].numpy(), rows=rows, logits=expected[0, rows].numpy()
+    )
     rows = np.array(MTP_ROWS)
     arrays = {"ids": ids[0].numpy(), "rows": rows}
     for k, h in enumerate(nano.chain(ids, hidden)):
         arrays[f"hidden_{k}"] = h[0, rows].numpy()
         arrays[f"logits_{k}"] = nano.mtp_logits(k, h)[0, rows].numpy()
     np.savez_compressed(args.out / "mtp.npz", **arrays)
-    (args.out / "README.md").write_text(README.format(transformers=transformers.__version__, torch=torch.__version__))
+    (args.out / "README.md").write_text(
+        README.format(transformers=transformers.__version__, torch=torch.__version__)
+    )
 
 
 README = """# Golden vectors
 
-Made by `make golden` from the bundled checkpoint in float32; never edited by hand. Both files hold the {{ids}} of
-one held-out text of 300 tokens and the {{rows}} at which values are kept.
+Made by `make golden` from the bundled checkpoint in float32; never edited by hand. Both files hold the `ids`
+of one held-out text of 300 tokens and the `rows` at which values are kept.
 
-| file | what | by |
-|---|---|---|
-| `backbone.npz` | `logits` (rows, vocabulary) | `Step3p7TextModel` of transformers {transformers}, torch {torch} |
-| `mtp.npz` | for depth k: `hidden_k` (rows, 128) before the head's norm, `logits_k` | `tools/nano/model.py`, torch {torch} |
+- `backbone.npz`: `logits` (rows, vocabulary) by `Step3p7TextModel` of transformers {transformers}, torch {torch}.
+- `mtp.npz`, by `tools/nano/model.py`, torch {torch}: for depth k `hidden_k` (rows, 128), before the head's
+  norm, and `logits_k`. Row i was computed from the true tokens up to i+1+k and predicts token i+2+k.
 
-Row i of depth k was computed from the true tokens up to i+1+k and predicts token i+2+k. Before writing, the script
-checks that the two backbones agree within 1e-3.
-""".replace("{{", "`").replace("}}", "`")
+Before writing, the script checks that the two backbones agree within 1e-3.
+"""
 
 
 if __name__ == "__main__":

@@ -71,7 +71,11 @@ def rope_tables(config: NanoConfig, sliding: bool, length: int) -> tuple[Tensor,
     inv_freq = 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     if not sliding:
         s = config.scaling
-        original, low, high = s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"]
+        original, low, high = (
+            s["original_max_position_embeddings"],
+            s["low_freq_factor"],
+            s["high_freq_factor"],
+        )
         wavelength = 2 * math.pi / inv_freq
         smooth = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0)
         inv_freq = (1 - smooth) * inv_freq / s["factor"] + smooth * inv_freq

@@ -1,4 +1,4 @@
-"""Train the byte-level BPE tokenizer of step35-nano: 2,048 entries, special tokens spelt as in the real model."""
+"""Train step35-nano's byte-level BPE tokenizer: 2,048 entries, special tokens spelt as in the real model."""
 
 import itertools
 import json
@@ -37,18 +37,26 @@ def main() -> None:
         itertools.islice(data.dialogues("train", 7), 12_000), itertools.islice(data.source("train", 7), 250)
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (BOS, EOS, PAD, *CONTROL)])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in (BOS, EOS, PAD, *CONTROL)]
+    )
     text = json.loads(tokenizer.to_str())
     for token in text["added_tokens"]:
         token["special"] = token["content"] not in MARKS
     (data.NANO / "tokenizer.json").write_text(json.dumps(text, ensure_ascii=False, indent=1))
     config = {
         "tokenizer_class": "LlamaTokenizerFast",
-        "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
-        "add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
         "model_max_length": 32768,
         "added_tokens_decoder": {
-            str(t["id"]): {k: t[k] for k in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
+            str(t["id"]): {
+                k: t[k] for k in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+            }
             for t in text["added_tokens"]
         },
     }

@@ -74,7 +74,9 @@ def evaluate(model: Nano, heldout: dict[str, list[tuple[Tensor, Tensor]]]) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/nano"), help="where state and log go")
     parser.add_argument("--tokens", type=int, default=12_000_000, help="training tokens in all")
     parser.add_argument("--decay", type=float, default=0.25, help="last part of the run, with falling rate")
@@ -133,7 +135,12 @@ def main() -> None:
         step, done_here = step + 1, done_here + 1
         if step % 10 == 0:
             speed = done_here * LENGTH * BATCH / (time.time() - started)
-            print(f"{time.strftime('%H:%M')} {step}/{total} " + " ".join(f"{x.item():.3f}" for x in parts) + f" {speed:.0f} tok/s", flush=True)
+            print(
+                f"{time.strftime('%H:%M')} {step}/{total} "
+                + " ".join(f"{x.item():.3f}" for x in parts)
+                + f" {speed:.0f} tok/s",
+                flush=True,
+            )
         if step % EVALUATE_STEPS == 0 or step == total:
             result = evaluate(model, heldout)
             for domain, values in result.items():
@@ -141,7 +148,11 @@ def main() -> None:
             log_file.flush()
             print(json.dumps({"step": step, **result}), flush=True)
         if time.time() - saved_at > CHECKPOINT_SECONDS or step == total:
-            saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
+            saved = {
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "step": step,
+            }
             torch.save(saved, state_path.with_suffix(".tmp"))
             state_path.with_suffix(".tmp").replace(state_path)
             saved_at = time.time()
