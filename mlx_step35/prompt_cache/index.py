@@ -5,7 +5,7 @@ before the point where it leaves everything known. Conversations and branches sh
 common part, so the tree's size is that of the distinct tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -64,14 +64,20 @@ class PrefixIndex(Generic[Value]):
         self._count -= 1
         _prune(node)
 
-    def find(self, tokens: Sequence[int] | TokenArray, limit: int | None = None) -> Match[Value]:
-        """The longest boundary that is a prefix of `tokens` and at most `limit` long."""
+    def find(
+        self,
+        tokens: Sequence[int] | TokenArray,
+        limit: int | None = None,
+        usable: Callable[[Value], bool] = lambda value: True,
+    ) -> Match[Value]:
+        """The longest usable boundary that is a prefix of `tokens` and at most `limit` long."""
         ids = as_tokens(tokens)
         longest = len(ids) if limit is None else limit
         best: tuple[int, Value | None] = (0, None)
         for node, reached, inside in self._walk(ids):
-            if inside == len(node.edge) and reached <= longest and node.value is not None:
-                best = (reached, node.value)
+            value = node.value if inside == len(node.edge) and reached <= longest else None
+            if value is not None and usable(value):
+                best = (reached, value)
         found = int(node.edge[inside]) if inside < len(node.edge) else node.some_child_token
         given = int(ids[reached]) if reached < len(ids) else None
         return Match(reached, found, given, *best)

@@ -1,7 +1,7 @@
 """What a prompt can be resumed from: a snapshot of all layers, with the full-attention rows in shared blocks.
 
 Rows of a full-attention layer never change once written, so snapshots of one path share them, in blocks of
-BLOCK_TOKENS positions. While the live cache still holds a block's rows the block is only lent: it has a key
+equally many tokens. While the live cache still holds a block's rows the block is only lent: it has a key
 and no arrays, and costs nothing until the live cache leaves its path. The rows after the last whole block
 are each snapshot's own.
 
@@ -21,6 +21,7 @@ from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftSnapshot, DraftState
 from mlx_step35.prompt_cache.index import TokenArray
 
+# 12 MiB on the real model: large enough to copy and to file well, small beside the snapshots' own arrays.
 BLOCK_TOKENS = 256
 
 # Keys and values (1, heads, rows, head_dim) of one layer.
@@ -29,13 +30,14 @@ Rows = tuple[mx.array, mx.array]
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """The full-attention rows of tokens start..start+BLOCK_TOKENS-1; `layers` is None while they are lent.
+    """The full-attention rows of tokens start..end-1; `layers` is None while they are lent.
 
     `key` stands for these tokens and all before them. `size` is what the arrays take once they are here.
     """
 
     key: bytes
     start: int
+    end: int
     size: int
     layers: tuple[Rows, ...] | None = None
     references: int = 0
@@ -62,6 +64,10 @@ class Snapshot:
     @property
     def position(self) -> int:
         return len(self.tokens)
+
+    @property
+    def tail_start(self) -> int:
+        return self.blocks[-1].end if self.blocks else 0
 
     @property
     def nbytes(self) -> int:
@@ -94,8 +100,8 @@ def row_bytes(cache: ModelCache) -> int:
 
 def take(cache: ModelCache, tokens: TokenArray, blocks: Sequence[Block]) -> Snapshot:
     """The cache's present state, which covers exactly `tokens`; `blocks` are all whole ones in them."""
-    assert cache.offset == len(tokens) and len(blocks) == len(tokens) // BLOCK_TOKENS
-    start = len(blocks) * BLOCK_TOKENS
+    assert cache.offset == len(tokens)
+    start = blocks[-1].end if blocks else 0
     tail = tuple(layer.read(start, len(tokens)) for layer in full_layers(cache))
     sliding = tuple(layer.snapshot() for layer in sliding_layers(cache))
     snapshot = Snapshot(tokens, tuple(blocks), tail, sliding, _draft_snapshot(cache.mtp))
@@ -105,10 +111,7 @@ def take(cache: ModelCache, tokens: TokenArray, blocks: Sequence[Block]) -> Snap
 
 def cut(cache: ModelCache, blocks: Sequence[Block]) -> list[tuple[Rows, ...]]:
     """Copies of the rows that the cache lends to these blocks."""
-    copies = [
-        tuple(layer.read(block.start, block.start + BLOCK_TOKENS) for layer in full_layers(cache))
-        for block in blocks
-    ]
+    copies = [tuple(layer.read(block.start, block.end) for layer in full_layers(cache)) for block in blocks]
     mx.eval(copies)
     return copies
 
@@ -116,12 +119,13 @@ def cut(cache: ModelCache, blocks: Sequence[Block]) -> list[tuple[Rows, ...]]:
 def restore(model: Model, cache: ModelCache, snapshot: Snapshot, kept: int) -> None:
     """Bring the cache to a snapshot's state; its first `kept` rows are already the snapshot's.
 
-    The blocks after `kept` must be here, not lent.
+    `kept` is the start of a block or the snapshot's end; the blocks after it must be here, not lent.
     """
-    assert kept <= snapshot.position and (kept % BLOCK_TOKENS == 0 or kept == snapshot.position)
-    blocks = [block.layers for block in snapshot.blocks[kept // BLOCK_TOKENS :]]
-    pieces = [*(layers for layers in blocks if layers is not None), snapshot.tail]
-    assert len(pieces) == len(blocks) + 1
+    blocks = [block.layers for block in snapshot.blocks if block.start >= kept]
+    pieces = [layers for layers in blocks if layers is not None]
+    assert len(pieces) == len(blocks)
+    if snapshot.tail_start < snapshot.position:
+        pieces.append(snapshot.tail)
     for index, layer in enumerate(full_layers(cache)):
         layer.rollback(layer.offset - kept)
         if kept < snapshot.position:

@@ -45,6 +45,13 @@ class PromptCacheStore:
             match.value.last_used = self._clock
         return match
 
+    def find_in_memory(self, tokens: TokenArray, limit: int) -> Match[Entry]:
+        """As `find`, without the boundaries that are only on disk."""
+        match = self._index.find(tokens, limit, lambda entry: entry.snapshot is not None)
+        if match.value is not None:
+            match.value.last_used = self._clock
+        return match
+
     def touch(self, tokens: TokenArray) -> bool:
         """Whether a snapshot of exactly these tokens is in memory; counts as a use of it."""
         entry = self._index.get(tokens)
@@ -110,6 +117,12 @@ class PromptCacheStore:
         assert block.layers is None and block.references
         block.layers = layers
         self.nbytes += block.nbytes
+
+    def lend(self, block: Block) -> None:
+        """The live cache holds this block's rows now, so that its own arrays can go."""
+        if block.references:
+            self.nbytes -= block.nbytes
+        block.layers = None
 
     def drop_lent(self) -> None:
         """Forget every snapshot that needs rows of the live cache, which is lost."""

@@ -25,7 +25,7 @@ def blocks_of(store: PromptCacheStore, tokens: TokenArray, lent: bool = False) -
     for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         key = block_key(key, tokens[start : start + BLOCK_TOKENS])
         layers = None if lent else (rows(BLOCK_TOKENS),)
-        blocks.append(store.block(key) or Block(key, start, BLOCK_BYTES, layers))
+        blocks.append(store.block(key) or Block(key, start, start + BLOCK_TOKENS, BLOCK_BYTES, layers))
     return blocks
 
 

@@ -1,0 +1,74 @@
+"""A session over random conversations answers as a cold run does, and recomputes only what it must."""
+
+import random
+
+import pytest
+
+from mlx_step35.engine.session import Session
+from mlx_step35.model import Model
+from mlx_step35.prompt_cache.store import PromptCacheStore
+from tests.prompt_cache.conversations import Conversation, assert_same, run, run_cold
+
+PLENTY = 10**9
+
+
+def make_session(model: Model, limit: int = PLENTY) -> Session:
+    return Session(model, PromptCacheStore(limit), interval=50, block_tokens=16)
+
+
+def assert_consistent(session: Session) -> None:
+    """Lent blocks are the live cache's own, everything else has arrays, and the sums are right."""
+    store, live = session.store, {id(block) for block in session._blocks}
+    own = 0
+    referenced = set()
+    for position, _, entry in store._index.items():
+        assert entry.snapshot is not None and entry.snapshot.position == position
+        own += entry.snapshot.nbytes
+        referenced |= {id(block) for block in entry.snapshot.blocks}
+        assert all((block.layers is None) == (id(block) in live) for block in entry.snapshot.blocks)
+    assert {id(block) for block in store._blocks.values()} == referenced
+    assert store.nbytes == own + sum(block.nbytes for block in store._blocks.values())
+    assert store.nbytes <= store.limit_bytes
+
+
+def serve_random_requests(model: Model, seed: int, num_requests: int, limit: int = PLENTY) -> int:
+    """Interleave and edit conversations; returns how many tokens were reused."""
+    rng = random.Random(seed)
+    session = make_session(model, limit)
+    system = [rng.randint(8, 30) for _ in range(rng.randint(1, 70))]
+    conversations = [Conversation(rng, system)]
+    saved: set[tuple[int, ...]] = set()
+    reused = 0
+    for _ in range(num_requests):
+        if rng.random() < 0.2:
+            conversations.append(rng.choice(conversations).branch())
+        conversation = rng.choice(conversations)
+        conversation.edit()
+        prompt, boundaries = conversation.prompt()
+        usable = [len(key) for key in saved if tuple(prompt[: len(key)]) == key and len(key) < len(prompt)]
+        mtp = rng.choice(["auto", "off", 1, 3])
+        max_tokens = rng.randint(2, 12)
+        close_after = rng.choice([None, None, 1, 3])
+        cold = run_cold(model, prompt, max_tokens)
+        warm = run(session, model, prompt, boundaries, max_tokens, mtp, close_after)
+        if close_after is not None:
+            cold.tokens, cold.logprobs = cold.tokens[:close_after], cold.logprobs[:close_after]
+        assert_same(warm, cold)
+        if limit == PLENTY:
+            assert warm.reuse.cached_tokens >= max(usable, default=0)
+        assert_consistent(session)
+        reused += warm.reuse.cached_tokens
+        saved |= {tuple(prompt[:stop]) for stop in warm.stops}
+        saved |= {tuple(session.cache.tokens)}
+        conversation.answer(warm.tokens)
+    return reused
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_cached_equals_cold(tiny_model: Model, seed: int) -> None:
+    assert serve_random_requests(tiny_model, seed, 12) > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cached_equals_cold_under_a_small_limit(tiny_model: Model, seed: int) -> None:
+    serve_random_requests(tiny_model, 100 + seed, 12, limit=random.Random(seed).randrange(20_000, 400_000))
