@@ -8,7 +8,7 @@ At every yield the cache's `tokens` and its one `pending` token are exactly what
 the layers hold beyond that is rolled back when the iterator is closed, so a later call continues from there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from mlx_step35.cache import ModelCache
 from mlx_step35.decoding.decoder import Decoder
@@ -19,6 +19,7 @@ from mlx_step35.decoding.records import Drafter as Drafter
 from mlx_step35.decoding.records import MTPChoice as MTPChoice
 from mlx_step35.decoding.records import PrefillCallback as PrefillCallback
 from mlx_step35.decoding.setup import make_controller as make_controller
+from mlx_step35.decoding.setup import prepare as prepare
 from mlx_step35.depth import DepthController
 from mlx_step35.model import Model
 from mlx_step35.sampling import Constraint, CustomSampling, SamplingParams
@@ -36,7 +37,7 @@ def decode(
     stats: DecodeStats | None = None,
     drafter: Drafter | None = None,
     controller: DepthController | None = None,
-) -> Iterator[Decoded]:
+) -> Generator[Decoded, None, None]:
     """Continue the cache's tokens with `prompt` and then with what the model says.
 
     Modifies the cache; closing the iterator leaves it covering all tokens given out but the newest, which

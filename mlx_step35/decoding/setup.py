@@ -1,5 +1,6 @@
 """What a decode needs before it starts: the drafter, the depth controller, a seed for its noise."""
 
+import logging
 from typing import cast
 
 import mlx.core as mx
@@ -12,6 +13,27 @@ from mlx_step35.errors import RequestError
 from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftState
 from mlx_step35.sampling import CustomSampling, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(model: Model) -> None:
+    """Read all weights into memory and make the model ready to decode, once per process and model.
+
+    On Metal the memory that MLX may wire is raised to what the system recommends, without which weights are
+    paged out between steps.
+    """
+    mx.eval(model.parameters())
+    model.compile_steps()
+    if mx.metal.is_available():
+        limit = int(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(limit)
+        if mx.get_active_memory() > 0.9 * limit:
+            logger.warning(
+                "the weights take %.0f of the %.0f GB that the system recommends; see iogpu.wired_limit_mb",
+                mx.get_active_memory() / 1e9,
+                limit / 1e9,
+            )
 
 
 def make_drafter(

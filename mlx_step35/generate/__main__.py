@@ -1,0 +1,5 @@
+"""`python -m mlx_step35.generate`."""
+
+from mlx_step35.generate import main
+
+main()

@@ -1,0 +1,285 @@
+"""The command `mlx_step35.generate`: mlx-lm's flags, this model's sampling defaults."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from tqdm import tqdm
+
+from mlx_step35.chat.template import ChatTemplate
+from mlx_step35.chat.tokenizer import Tokenizer
+from mlx_step35.checkpoint import NANO, DTypeName, load_checkpoint, resolve_model
+from mlx_step35.decoding import DecodeOptions, MTPChoice, prepare
+from mlx_step35.errors import RequestError, Step35Error
+from mlx_step35.generate.api import NOT_SERVED, GenerationResponse, stream_tokens
+from mlx_step35.generate.report import print_summary, stats_json
+from mlx_step35.sampling import CustomSampling, SamplingParams
+
+# What the model's makers recommend.
+DEFAULT_TEMPERATURE = 1.0
+DEFAULT_TOP_P = 0.95
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+NANO_NOTE = (
+    "no --model given: running step35-nano, the small demonstration model in this package; "
+    "name a real one with --model DIRECTORY or --model OWNER/REPOSITORY"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of the command."""
+
+    model: str | None
+    dtype: DTypeName
+    prompt: str
+    system_prompt: str | None
+    prefill_response: str | None
+    template_options: dict[str, Any]
+    use_chat_template: bool
+    extra_eos_tokens: tuple[str, ...]
+    sampling: SamplingParams | CustomSampling
+    options: DecodeOptions
+    is_verbose: bool
+    stats_path: Path | None
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    parser = _parser()
+    try:
+        job = _job(parser.parse_args(arguments))
+        return _generate(job)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Step35Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, RequestError) else EXIT_FAILURE
+
+
+def _generate(job: Job) -> int:
+    if job.model is None:
+        print(NANO_NOTE, file=sys.stderr)
+    path = resolve_model(job.model or NANO)
+    tokenizer = Tokenizer.from_directory(path)
+    ids = _prompt_ids(job, path, tokenizer)
+    model = load_checkpoint(path, job.dtype)
+    prepare(model)
+    eos_token_ids = {*model.config.eos_token_ids, *(_token_id(tokenizer, t) for t in job.extra_eos_tokens)}
+    token_ids: list[int] = []
+    response: GenerationResponse | None = None
+    exit_code = 0
+    if job.is_verbose:
+        print("=" * 10)
+    bar = _PrefillBar(job.options.prefill_step_size)
+    stream = stream_tokens(
+        model,
+        ids,
+        tokenizer.detokenizer(),
+        frozenset(eos_token_ids),
+        job.sampling,
+        job.options,
+        on_prefill=bar.update,
+    )
+    with closing(stream):
+        try:
+            for response in stream:
+                token_ids.append(response.token)
+                print(response.text, end="", flush=True)
+        except KeyboardInterrupt:
+            exit_code = EXIT_INTERRUPTED
+        finally:
+            bar.close()
+    if response and job.is_verbose:
+        print_summary(response)
+    else:
+        print()
+    if job.stats_path:
+        _write_stats(job.stats_path, stats_json(response, token_ids))
+    return exit_code
+
+
+def _prompt_ids(job: Job, path: Path, tokenizer: Tokenizer) -> list[int]:
+    """The prompt as tokens; what the user wrote cannot become a control token of the template."""
+    if not job.prompt.strip():
+        raise RequestError("the prompt is empty", field="prompt")
+    if not job.use_chat_template:
+        ids = tokenizer.encode(job.prompt)
+        bos = tokenizer.bos_token_id
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    messages = [{"role": "user", "content": job.prompt}]
+    if job.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": job.system_prompt})
+    rendered = ChatTemplate.from_directory(path).render(messages, **job.template_options)
+    return tokenizer.encode_rendered(rendered) + tokenizer.encode(job.prefill_response or "")
+
+
+def _token_id(tokenizer: Tokenizer, token: str) -> int:
+    found = int(token) if token.isdecimal() else tokenizer.token_id(token)
+    if found is None:
+        raise RequestError(f"'{token}' is not a token of this model", field="extra_eos_token")
+    return found
+
+
+def _write_stats(path: Path, stats: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(stats, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror}", field="stats") from None
+
+
+class _PrefillBar:
+    """A progress bar on a terminal, for prompts of more than one chunk."""
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._bar: tqdm[Any] | None = None
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar is None and done == 0 and total > self._chunk_tokens and sys.stderr.isatty():
+            self._bar = tqdm(total=total, unit=" tokens", desc="Prompt", leave=False, file=sys.stderr)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+            if done == total:
+                self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _job(args: argparse.Namespace) -> Job:
+    """What the flags ask for. Raises RequestError for those that are not served or contradict each other."""
+    for name in ("draft_model", "max_kv_size", "kv_bits", "adapter_path"):
+        if getattr(args, name) is not None:
+            raise RequestError(f"--{name.replace('_', '-')} is not served: {NOT_SERVED[name]}", field=name)
+    prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    return Job(
+        model=args.model,
+        dtype=args.dtype,
+        prompt=sys.stdin.read() if prompt == "-" else prompt,
+        system_prompt=args.system_prompt,
+        prefill_response=args.prefill_response,
+        template_options=_template_options(args.chat_template_config),
+        use_chat_template=not args.ignore_chat_template,
+        extra_eos_tokens=tuple(args.extra_eos_token),
+        sampling=_sampling(args),
+        options=DecodeOptions(args.max_tokens, args.mtp, not args.no_lookup, args.prefill_step_size),
+        is_verbose=args.verbose,
+        stats_path=args.stats,
+    )
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams | CustomSampling:
+    params = SamplingParams(
+        temperature=args.temp,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        min_tokens_to_keep=args.min_tokens_to_keep,
+        seed=args.seed,
+    )
+    if args.xtc_probability == 0:
+        return params
+    # A random filter cannot be applied to draft and target alike, so it runs as mlx-lm's sampler.
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+    )
+    return CustomSampling(params, sampler)
+
+
+def _template_options(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RequestError(
+            f"--chat-template-config is not JSON: {error}", field="chat_template_config"
+        ) from None
+    if not isinstance(options, dict):
+        raise RequestError("--chat-template-config must be a JSON object", field="chat_template_config")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx_step35.generate", description="Generate text with Step-3.5-Flash."
+    )
+    add: Callable[..., Any] = parser.add_argument
+    add("--model", help=f"directory or hub repository; '{NANO}' is the small model in this package (default)")
+    add("--prompt", "-p", default="hello", help="message to the model; '-' reads stdin")
+    add("--system-prompt", help="system message before it")
+    add("--prefill-response", help="text that the answer continues")
+    add(
+        "--max-tokens", "-m", type=int, default=1024, help="tokens to generate at most (default: %(default)s)"
+    )
+    add(
+        "--temp",
+        type=float,
+        default=DEFAULT_TEMPERATURE,
+        help="temperature; 0 is greedy (default: %(default)s)",
+    )
+    add("--top-p", type=float, default=DEFAULT_TOP_P, help="nucleus sampling (default: %(default)s)")
+    add("--min-p", type=float, default=0.0, help="drop tokens this much less likely than the best")
+    add("--min-tokens-to-keep", type=int, default=1, help="tokens that --min-p keeps at least")
+    add("--top-k", type=int, default=0, help="sample from the k most likely tokens")
+    add("--xtc-probability", type=float, default=0.0, help="how often XTC drops the most likely tokens")
+    add("--xtc-threshold", type=float, default=0.1, help="probability from which XTC drops tokens")
+    add("--seed", type=int, help="makes the output reproducible; it does not depend on --mtp")
+    add("--mtp", type=_mtp, default="auto", help="drafts by the MTP layers: auto (default), off, 1, 2 or 3")
+    add("--no-lookup", action="store_true", help="do not draft by copying from the prompt and the output")
+    add("--ignore-chat-template", action="store_true", help="use the prompt as it is")
+    add("--chat-template-config", help="JSON object of further variables for the chat template")
+    add("--extra-eos-token", nargs="+", default=(), help="more tokens that end the text, by name or id")
+    add("--prefill-step-size", type=int, default=2048, help="prompt tokens per pass (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=get_args(DTypeName),
+        default="auto",
+        help="dtype of activations (default: %(default)s)",
+    )
+    add("--verbose", type=_boolean, default=True, help="print a summary after the text (default: True)")
+    add("--stats", type=Path, metavar="FILE", help="write what was measured to a JSON file")
+    for flag in ("--max-kv-size", "--kv-bits", "--draft-model", "--adapter-path"):
+        add(flag, help=argparse.SUPPRESS)
+    # Accepted because they cannot matter here: no code is loaded, and there is one chat template.
+    for flag in ("--trust-remote-code", "--use-default-chat-template"):
+        add(flag, action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _mtp(text: str) -> MTPChoice | int:
+    if text in ("auto", "off"):
+        return text  # type: ignore[return-value]
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected auto, off, 1, 2 or 3, found '{text}'") from None
+
+
+def _boolean(text: str) -> bool:
+    return text.lower() not in ("false", "f")
