@@ -90,11 +90,32 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention over the last `window` tokens, in blocks of `window` that look at the block before.
+
+    Equal to masking the whole square, which takes half of the training time at length 512.
+    """
+    batch, heads, length, dim = q.shape
+    blocks = -(-length // window)
+    q, k, v = (F.pad(t, (0, 0, 0, blocks * window - length)) for t in (q, k, v))
+
+    def with_previous(t: Tensor) -> Tensor:
+        t = t.view(batch, heads, blocks, window, dim)
+        return torch.cat([F.pad(t[:, :, :-1], (0, 0, 0, 0, 1, 0)), t], dim=3)
+
+    row, column = torch.arange(window)[:, None], torch.arange(2 * window)[None]
+    visible = ((column > row) & (column <= row + window)).repeat(blocks, 1, 1)
+    visible[0, :, :window] = False  # nothing stands before the first block
+    scores = (q.view(batch, heads, blocks, window, dim) * dim**-0.5) @ with_previous(k).mT
+    weights = scores.float().masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype)
+    return (weights @ with_previous(v)).reshape(batch, heads, blocks * window, dim)[:, :, :length]
+
+
 class Attention(nn.Module):
     def __init__(self, config: NanoConfig, index: int) -> None:
         super().__init__()
-        self.sliding = config.is_sliding(index)
-        self.heads = config.sliding_heads if self.sliding else config.full_heads
+        self.window = config.window if config.is_sliding(index) else None
+        self.heads = config.sliding_heads if self.window else config.full_heads
         self.kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
         dim = config.hidden_size
         self.q_proj = nn.Linear(dim, self.heads * self.head_dim, bias=False)
@@ -105,7 +126,7 @@ class Attention(nn.Module):
         self.q_norm = ZeroCentredRMSNorm(self.head_dim, config.eps)
         self.k_norm = ZeroCentredRMSNorm(self.head_dim, config.eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         batch, length, _ = x.shape
         shape = (batch, length, -1, self.head_dim)
         q = apply_rope(self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2), *rope)
@@ -113,7 +134,12 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(shape).transpose(1, 2)
         groups = self.heads // self.kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if self.window:
+            if torch.is_autocast_enabled("cpu"):  # rotation left q and k in float32
+                q, k = q.to(v.dtype), k.to(v.dtype)
+            out = windowed_attention(q, k, v, self.window)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out = out.transpose(1, 2) * torch.sigmoid(self.g_proj(x))[..., None]
         return self.o_proj(out.reshape(batch, length, -1))
 
@@ -192,8 +218,8 @@ class Layer(nn.Module):
             self.mlp = MLP(dim, config.intermediate_size, shared_limit)
         self.is_moe = config.is_moe(index)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope)
         u = self.post_attention_layernorm(x)
         return x + (self.moe(u) + self.share_expert(u) if self.is_moe else self.mlp(u))
 
@@ -214,10 +240,10 @@ class MTPLayer(Layer):
         self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
         self.transformer = nn.ModuleDict({"shared_head": SharedHead(config)})
 
-    def draft(self, embedding: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def draft(self, embedding: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Hidden of this depth, before shared_head.norm: what the next depth takes."""
         joined = torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1)
-        return self(self.eh_proj(joined), rope, mask)
+        return self(self.eh_proj(joined), rope)
 
     def logits(self, hidden: Tensor) -> Tensor:
         head = self.transformer["shared_head"]
@@ -248,20 +274,17 @@ class Nano(nn.Module):
                 std *= depth_scale
             nn.init.normal_(parameter, std=0.5 * std if "embed" in name else std)
 
-    def context(self, length: int, sliding: bool) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    def rope(self, length: int, sliding: bool) -> tuple[Tensor, Tensor]:
         key = (sliding, length)
         if key not in self._tables:
             self._tables[key] = rope_tables(self.config, sliding, length)
-        if not sliding:
-            return self._tables[key], None
-        distance = torch.arange(length)[:, None] - torch.arange(length)[None]
-        return self._tables[key], (distance >= 0) & (distance < self.config.window)
+        return self._tables[key]
 
     def backbone(self, ids: Tensor) -> Tensor:
         """The residual stream after the last backbone layer, before the final norm."""
         x = self.model["embed_tokens"](ids)
         for index, layer in enumerate(self.model["layers"][: self.config.num_layers]):
-            x = layer(x, *self.context(ids.shape[1], self.config.is_sliding(index)))
+            x = layer(x, self.rope(ids.shape[1], self.config.is_sliding(index)))
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -274,7 +297,7 @@ class Nano(nn.Module):
             rows = ids.shape[1] - 1 - k
             layer = self.model["layers"][self.config.num_layers + k]
             embedding = self.model["embed_tokens"](ids[:, 1 + k :])
-            h = layer.draft(embedding, h[:, :rows], *self.context(rows, True))
+            h = layer.draft(embedding, h[:, :rows], self.rope(rows, True))
             hiddens.append(h)
         return hiddens
 
