@@ -113,8 +113,7 @@ class Decoder:
         cache, options = self._cache, self._options
         ids = [*cache.pending, *prompt]
         start, end = len(cache.tokens), len(cache.tokens) + len(ids)
-        # Rows further back than this are of no use to any draft.
-        useful = end - self._drafter.num_useful_rows if self._drafter else end
+        num_useful = self._drafter.num_useful_rows if self._drafter else 0
         on_prefill(0, len(ids))
         at = start
         while True:
@@ -124,6 +123,8 @@ class Decoder:
             hidden = self._model.hidden(mx.array(chunk, dtype=mx.uint32)[None], cache)
             cache.tokens += chunk
             cache.pending = []
+            # Rows further back than this are of no use to any draft from the next boundary or the end on.
+            useful = min([end, *(goal for goal in options.prefill_boundaries if goal >= stop)]) - num_useful
             if self._drafter and stop > useful:
                 first = max(useful, at)
                 self._drafter.extend(hidden[:, first - at :], first)

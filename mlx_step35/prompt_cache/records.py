@@ -104,7 +104,7 @@ def take(cache: ModelCache, tokens: TokenArray, blocks: Sequence[Block]) -> Snap
     start = blocks[-1].end if blocks else 0
     tail = tuple(layer.read(start, len(tokens)) for layer in full_layers(cache))
     sliding = tuple(layer.snapshot() for layer in sliding_layers(cache))
-    snapshot = Snapshot(tokens, tuple(blocks), tail, sliding, _draft_snapshot(cache.mtp))
+    snapshot = Snapshot(tokens, tuple(blocks), tail, sliding, _draft_snapshot(cache))
     evaluate(snapshot)
     return snapshot
 
@@ -161,9 +161,10 @@ def evaluate(snapshot: Snapshot) -> None:
     mx.eval(arrays)
 
 
-def _draft_snapshot(state: DraftState | None) -> DraftSnapshot | None:
-    if state is None:
+def _draft_snapshot(cache: ModelCache) -> DraftSnapshot | None:
+    # A state that stands elsewhere was not used for these tokens.
+    if cache.mtp is None or cache.mtp.end != cache.offset:
         return None
-    draft = state.snapshot()
+    draft: DraftSnapshot = cache.mtp.snapshot()
     # Rows are views of the pass they came from.
     return DraftSnapshot(draft.first, None if draft.hidden is None else mx.contiguous(draft.hidden))

@@ -2,10 +2,12 @@
 
 import random
 
+import mlx.core as mx
 import pytest
 
 from mlx_step35.engine.session import Session
 from mlx_step35.model import Model
+from mlx_step35.mtp_state import DraftState
 from mlx_step35.prompt_cache.store import PromptCacheStore
 from tests.prompt_cache.conversations import Conversation, assert_same, run, run_cold
 
@@ -72,3 +74,33 @@ def test_cached_equals_cold(tiny_model: Model, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_cached_equals_cold_under_a_small_limit(tiny_model: Model, seed: int) -> None:
     serve_random_requests(tiny_model, 100 + seed, 12, limit=random.Random(seed).randrange(20_000, 400_000))
+
+
+def test_every_snapshot_drafts_as_a_cold_run_does(tiny_model: Model) -> None:
+    """Drafts after a hit use the restored state: those of all three layers equal a fresh run's."""
+    rng = random.Random(3)
+    prompt = [rng.randint(8, 30) for _ in range(200)]
+    boundaries = [20, 90, 150]
+    session = make_session(tiny_model)
+    run(session, tiny_model, prompt, boundaries, mtp=3)
+    for length in (*boundaries, 199):
+        other = [*prompt[:length], 7]
+        assert session.sync(other).cached_tokens == length
+        cold = make_session(tiny_model)
+        run(cold, tiny_model, other, mtp=3, max_tokens=1)
+        assert cold.sync([*other, 7]).cached_tokens == length + 1
+        cold.cache.mtp.rollback(1)
+        assert_same_drafts(session.cache.mtp, cold.cache.mtp, other)
+
+
+def assert_same_drafts(ours: DraftState, theirs: DraftState, tokens: list[int]) -> None:
+    logits: list[list[mx.array]] = [[], []]
+    for state, found in zip((ours, theirs), logits, strict=True):
+
+        def choose(row: mx.array, drafts: object, found: list[mx.array] = found) -> tuple[mx.array, None]:
+            found.append(row)
+            return mx.array([len(found) + 8], dtype=mx.uint32), None
+
+        state.propose(3, tokens, choose)
+    for mine, other in zip(*logits, strict=True):
+        assert mx.abs(mine - other).max().item() < 1e-4
