@@ -459,7 +459,10 @@ def tool_question(values: Values) -> dict[str, Any]:
 
 def source_files(split: str) -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
+    # Code pages and the like are a tenth of the text and teach nothing but counting.
     skipped = {
+        "encodings",
+        "pydoc_data",
         "site-packages",
         "test",
         "tests",
