@@ -36,6 +36,7 @@ from tools.nano.words import (
 NANO = Path(__file__).parents[2] / "mlx_step35" / "nano"
 BOS = "<｜begin▁of▁sentence｜>"
 SOURCE_SHARE = 0.33  # of tokens
+DRILL_SHARE = 0.25  # of training dialogues; the skill behind every tool call is copying from far back
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
@@ -440,6 +441,41 @@ def dialogue(values: Values) -> tuple[list[Message], list[Tool] | None]:
     return messages, None
 
 
+def drill(values: Values) -> list[Message]:
+    """Nothing but copying: a long text to repeat, or a table and questions about its entries."""
+    rng = values.rng
+    kinds = [
+        values.word,
+        values.word,
+        values.noun,
+        values.integer,
+        values.path,
+        values.identifier,
+        values.city,
+    ]
+    draws = [spoken(rng.choice(kinds)()) for _ in range(rng.randint(6, 30))]
+    if rng.random() < 0.5:
+        text = rng.choice([" ", " ", ", ", "\n"]).join(draws)
+        turns = [(f"Repeat after me: {text}", "I repeat the text.", text)]
+        if rng.random() < 0.5:
+            turns.append(("Once more.", "I repeat the text.", text))
+    else:
+        table = {rng.choice([values.noun, values.word])(): value for value in draws[:10]}
+        form = rng.choice(["{}: {}", "{} = {}", "The {} is {}."])
+        lines = rng.choice(["\n", " "]).join(form.format(k, v) for k, v in table.items())
+        asked = rng.choices(list(table), k=rng.randint(2, 6))
+        turns = [(f"What is {k}?", f"I look up {k}.", f"The {k} is:\n{table[k]}") for k in asked]
+        turns[0] = (f"{lines}\n{turns[0][0]}", *turns[0][1:])
+    return [
+        message
+        for question, thought, answer in turns
+        for message in (
+            {"role": "user", "content": question},
+            {"role": "assistant", "reasoning_content": thought, "content": answer},
+        )
+    ]
+
+
 def tool_question(values: Values) -> dict[str, Any]:
     """A request with tools and the calls that answer it."""
     rng = values.rng
@@ -491,7 +527,10 @@ def source(split: str, seed: int) -> Iterator[str]:
 def dialogues(split: str, seed: int) -> Iterator[str]:
     values = Values(random.Random(f"{split}-{seed}"), split == "heldout")
     while True:
-        yield render(*dialogue(values))
+        if split == "train" and values.rng.random() < DRILL_SHARE:
+            yield render(drill(values))
+        else:
+            yield render(*dialogue(values))
 
 
 def tokenized(split: str, seed: int, domain: str | None = None) -> Iterator[list[int]]:
