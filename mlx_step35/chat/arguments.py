@@ -125,7 +125,7 @@ def _choices(schema: JSON, root: Schema, seen: frozenset[str]) -> Iterator[_Choi
                 yield from _choices(alternative, root, seen)
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference not in seen:
-        yield from _choices(_resolve(reference, root), root, seen | {reference})
+        yield from _choices(resolve(reference, root), root, seen | {reference})
     if schema.get("nullable") is True:
         yield _Choice("null")
 
@@ -136,7 +136,7 @@ def _properties(schema: JSON, root: Schema, seen: frozenset[str]) -> Iterator[tu
         return
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference not in seen:
-        yield from _properties(_resolve(reference, root), root, seen | {reference})
+        yield from _properties(resolve(reference, root), root, seen | {reference})
     for keyword in ("anyOf", "oneOf", "allOf"):
         if isinstance(schema.get(keyword), list):
             for alternative in schema[keyword]:
@@ -145,7 +145,7 @@ def _properties(schema: JSON, root: Schema, seen: frozenset[str]) -> Iterator[tu
         yield from schema["properties"].items()
 
 
-def _resolve(reference: str, root: JSON) -> JSON:
+def resolve(reference: str, root: JSON) -> JSON:
     """What a JSON pointer inside the tool's own schema names; None when it leads nowhere."""
     if not reference.startswith("#"):
         return None
@@ -159,6 +159,11 @@ def _resolve(reference: str, root: JSON) -> JSON:
         else:
             return None
     return target
+
+
+def schema_types(schema: JSON, root: Schema) -> Iterator[str]:
+    """Names of the types a value may have, each once."""
+    yield from dict.fromkeys(choice.type for choice in _choices(schema, root, frozenset()) if choice.type)
 
 
 def _is_member(text: str, member: JSON) -> bool:

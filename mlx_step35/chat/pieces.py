@@ -41,6 +41,8 @@ class SentencePieceBackend:
         strings = sorted(self._controls, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, strings)) + ")") if strings else None
 
+    definition = None
+
     @property
     def control_strings(self) -> list[str]:
         return list(self._controls)

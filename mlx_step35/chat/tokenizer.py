@@ -39,6 +39,11 @@ class Backend(Protocol):
     def size(self) -> int: ...
     @property
     def control_strings(self) -> Sequence[str]: ...
+    @property
+    def definition(self) -> str | None:
+        """The text of a tokenizer.json that does the same, if there is one."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
     def encode_text(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
@@ -142,6 +147,11 @@ class _TokenizersBackend:
     @property
     def control_strings(self) -> list[str]:
         return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+
+    @property
+    def definition(self) -> str:
+        text: str = self.tokenizer.to_str()
+        return text
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
