@@ -10,7 +10,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_step35.cache import LayerCache, Mask
+from mlx_step35.cache import AttentionCache, Mask
 from mlx_step35.config import LayerConfig, Llama3Scaling, ModelConfig, RopeConfig
 
 
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
         self.rope = Rope(layer.rope)
 
-    def __call__(self, x: mx.array, mask: Mask = None, cache: LayerCache | None = None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask = None, cache: AttentionCache | None = None) -> mx.array:
         batch, length, _ = x.shape
         # Norm before rotation; one weight vector for all heads. (B, L, H, D) -> (B, H, L, D)
         queries = self.q_norm(self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim))

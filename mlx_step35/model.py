@@ -4,14 +4,22 @@ Parameter paths are those of mlx-lm's converted checkpoints; norm weights in mem
 are plain RMS norms. The MTP layers hang on `Model.mtp` when the checkpoint has them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_step35.attention import Attention
-from mlx_step35.cache import DEFAULT_SLACK, Mask, ModelCache, window_mask
-from mlx_step35.config import LayerConfig, LayerKind, ModelConfig
+from mlx_step35.cache import (
+    DEFAULT_SLACK,
+    AttentionCache,
+    CompiledStep,
+    Mask,
+    ModelCache,
+    window_mask,
+)
+from mlx_step35.config import LayerConfig, ModelConfig
 from mlx_step35.moe import MLP, SparseMoE
 
 
@@ -29,7 +37,7 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, layer.intermediate_size, layer.swiglu_limit_shared)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Any) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: AttentionCache | None) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -57,8 +65,7 @@ class Model(nn.Module):
         # The loader sets one of them: the MTP layers, or why there are none.
         self.mtp: Any = None
         self.mtp_reason: str | None = "the model was built without a checkpoint"
-        # All layers of a kind share one mask, made by the first of them.
-        self._kinds: list[LayerKind] = [layer.kind for layer in config.layers]
+        self._compiled_step: CompiledStep | None = None
 
     def __call__(self, ids: mx.array, cache: ModelCache | None = None) -> mx.array:
         """Token ids (B, L) to logits (B, L, vocabulary); advances the cache."""
@@ -82,11 +89,12 @@ class Model(nn.Module):
 
     def hidden(self, ids: mx.array, cache: ModelCache | None = None) -> mx.array:
         """The residual stream (B, L, D) after the last layer, before the final norm; advances the cache."""
-        x = self.embed(ids)
-        masks = self._masks(ids.shape[1], cache)
-        for index, (layer, kind) in enumerate(zip(self.layers, self._kinds, strict=True)):
-            x = layer(x, masks[kind], None if cache is None else cache[index])
-        return x
+        if self._compiled_step is not None and cache is not None:
+            output = self._compiled_step((ids,), cache)
+            if output is not None:
+                return output
+        caches: Sequence[AttentionCache | None] = [None] * len(self.layers) if cache is None else cache
+        return self._forward((ids,), self._masks(ids.shape[1], cache), caches)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits of what `hidden` returned, or of any of its rows."""
@@ -99,13 +107,34 @@ class Model(nn.Module):
         """An empty cache for one sequence (or one batch); `slack` tokens can be rolled back at any time."""
         return ModelCache(self.config.layers, slack)
 
-    def _masks(self, num_tokens: int, cache: ModelCache | None) -> dict[LayerKind, Mask]:
-        masks: dict[LayerKind, Mask] = {}
+    def compile_steps(self) -> None:
+        """Run calls of few tokens compiled from now on, those of the MTP layers too.
+
+        For weights that have been evaluated; lazy ones would be read from disk in every call.
+        """
+        self._compiled_step = CompiledStep(self._forward, [layer.window for layer in self.config.layers])
+        if self.mtp is not None:
+            self.mtp.compile_steps()
+
+    def _forward(
+        self,
+        inputs: Sequence[mx.array],
+        masks: Sequence[Mask],
+        caches: Sequence[AttentionCache | None],
+    ) -> mx.array:
+        x = self.embed(inputs[0])
+        for layer, mask, cache in zip(self.layers, masks, caches, strict=True):
+            x = layer(x, mask, cache)
+        return x
+
+    def _masks(self, num_tokens: int, cache: ModelCache | None) -> list[Mask]:
+        """One mask per layer; all layers of a kind share theirs, made by the first of them."""
+        by_window: dict[int | None, Mask] = {}
         for index, layer in enumerate(self.config.layers):
-            if layer.kind not in masks:
-                masks[layer.kind] = (
+            if layer.window not in by_window:
+                by_window[layer.window] = (
                     window_mask(num_tokens, 0, layer.window)
                     if cache is None
                     else cache[index].mask(num_tokens)
                 )
-        return masks
+        return [by_window[layer.window] for layer in self.config.layers]

@@ -8,11 +8,21 @@ and its own head predicts token i+2+k. The chain carries h before the head's nor
 keys and values and its own window; the embedding is the backbone's.
 """
 
+from collections.abc import Callable, Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_step35.attention import Attention
-from mlx_step35.cache import DEFAULT_SLACK, LayerCache, make_layer_cache, window_mask
+from mlx_step35.cache import (
+    DEFAULT_SLACK,
+    AttentionCache,
+    CompiledStep,
+    LayerCache,
+    Mask,
+    make_layer_cache,
+    window_mask,
+)
 from mlx_step35.config import LayerConfig, ModelConfig
 from mlx_step35.moe import MLP
 
@@ -35,7 +45,6 @@ class MTPLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
         hidden_size, eps = config.hidden_size, config.rms_norm_eps
-        self.window = layer.window
         self.enorm = nn.RMSNorm(hidden_size, eps=eps)
         self.hnorm = nn.RMSNorm(hidden_size, eps=eps)
         self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
@@ -45,9 +54,9 @@ class MTPLayer(nn.Module):
         self.mlp = MLP(hidden_size, layer.intermediate_size, layer.swiglu_limit_shared)
         self.shared_head = SharedHead(config)
 
-    def __call__(self, embeddings: mx.array, hidden: mx.array, cache: LayerCache | None) -> mx.array:
-        length = embeddings.shape[1]
-        mask = window_mask(length, 0, self.window) if cache is None else cache.mask(length)
+    def __call__(
+        self, embeddings: mx.array, hidden: mx.array, mask: Mask, cache: AttentionCache | None
+    ) -> mx.array:
         fused = mx.concatenate([self.enorm(embeddings), self.hnorm(hidden)], axis=-1)
         x = self.eh_proj(fused)
         x = x + self.self_attn(self.input_layernorm(x), mask, cache)
@@ -61,6 +70,7 @@ class MTP(nn.Module):
         super().__init__()
         self.config = config
         self.layers = [MTPLayer(config, layer) for layer in config.mtp_layers]
+        self._compiled_steps: list[CompiledStep] = []
 
     @property
     def num_layers(self) -> int:
@@ -73,7 +83,14 @@ class MTP(nn.Module):
 
         Returns (B, L, D), the input of layer k+1 and of `logits`; advances the layer's cache.
         """
-        return self.layers[k](embeddings, hidden, cache)
+        if self._compiled_steps and cache is not None:
+            output = self._compiled_steps[k]((embeddings, hidden), [cache])
+            if output is not None:
+                return output
+        num_tokens = embeddings.shape[1]
+        window = self.config.mtp_layers[k].window
+        mask = window_mask(num_tokens, 0, window) if cache is None else cache.mask(num_tokens)
+        return self.layers[k](embeddings, hidden, mask, cache)
 
     def logits(self, k: int, hidden: mx.array) -> mx.array:
         """Logits (B, L, vocabulary) for tokens i+2+k, from what `step` returned for rows i."""
@@ -82,3 +99,19 @@ class MTP(nn.Module):
     def make_cache(self, slack: int = DEFAULT_SLACK) -> list[LayerCache]:
         """One empty cache per layer."""
         return [make_layer_cache(layer, slack) for layer in self.config.mtp_layers]
+
+    def compile_steps(self) -> None:
+        """Run `step` compiled for few rows from now on; see Model.compile_steps."""
+        self._compiled_steps = [
+            CompiledStep(_forward(layer), [config.window])
+            for layer, config in zip(self.layers, self.config.mtp_layers, strict=True)
+        ]
+
+
+def _forward(layer: MTPLayer) -> Callable[..., mx.array]:
+    def forward(
+        inputs: Sequence[mx.array], masks: Sequence[Mask], caches: Sequence[AttentionCache]
+    ) -> mx.array:
+        return layer(inputs[0], inputs[1], masks[0], caches[0])
+
+    return forward

@@ -119,7 +119,7 @@ def _compute_dtype(plan: LoadPlan, dtype: DTypeName) -> mx.Dtype:
     """
     if dtype != "auto":
         return {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}[dtype]
-    if mx.default_device().type == mx.DeviceType.cpu:
+    if _is_on_cpu():
         return mx.float32
     norm = next(source for source in plan.sources if source.name == "model.norm.weight")
     return _STORED[norm.entry.dtype]
@@ -148,4 +148,12 @@ def _converted(array: mx.array, source: Source, compute: mx.Dtype) -> mx.array:
     if source.kind == "norm" and source.is_original:
         # In the stored dtype a small w would vanish beside the 1.
         array = array.astype(mx.float32) + 1
-    return array.astype(compute)
+    array = array.astype(compute)
+    if array.ndim > 1 and source.kind != "embedding" and _is_on_cpu():
+        # Same shape, columns contiguous: x @ weight.T is half as fast the other way in the CPU wheels' BLAS.
+        return mx.contiguous(array.swapaxes(-1, -2)).swapaxes(-1, -2)
+    return array
+
+
+def _is_on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu

@@ -1,4 +1,4 @@
-"""Keys and values of past tokens, one cache per layer, and the bundle of them that a model call takes.
+"""The caches of single layers.
 
 Both kinds keep their rows in temporal order in a buffer with spare room at the end, so decoding writes in
 place and attends over one contiguous slice. A full layer keeps every row. A sliding layer keeps the rows
@@ -7,13 +7,11 @@ no row is overwritten before that, so every offset from `slack` tokens below the
 returned to exactly.
 
 Writes are functional (`mx.slice_update`, in place when nothing else holds the buffer), so an array handed
-out by `snapshot` or `state` never changes afterwards. Positions, masks and write places come from here;
-nothing outside this file does arithmetic on offsets.
+out by `snapshot` or `state` never changes afterwards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
 
 import mlx.core as mx
 
@@ -22,6 +20,9 @@ from mlx_step35.errors import CacheRollbackError
 
 # The widest verify is 16 tokens: one accepted token and 15 drafts, all of which may be rejected.
 DEFAULT_SLACK = 16
+
+# Spare rows of a sliding layer: as many tokens between two moves of the window to the front.
+SLIDING_ROOM = 64
 
 # A full layer's buffer grows by an eighth, at least this many rows: few copies, at most an eighth of it
 # unused.
@@ -41,21 +42,6 @@ class LayerSnapshot:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in (self.keys, self.values) if array is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSnapshot:
-    """Every layer's rows at one moment; restoring it brings back exactly that state."""
-
-    layers: tuple[LayerSnapshot, ...]
-
-    @property
-    def offset(self) -> int:
-        return self.layers[0].offset if self.layers else 0
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
 
 
 class _Rows:
@@ -143,9 +129,8 @@ class KVCache:
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append (B, heads, L, head_dim) rows; returns all rows, valid until the next update."""
         rows = self._rows
-        needed = rows.end + keys.shape[2]
-        if needed > rows.capacity:
-            self._grow(keys, values, needed)
+        if self.place(keys.shape[2]) is None:
+            rows.replace(keys[:, :, :0], values[:, :, :0], _full_capacity(keys.shape[2]))
         rows.append(keys, values)
         return rows.read(0)
 
@@ -154,6 +139,20 @@ class KVCache:
         assert 0 <= start <= end <= self.offset
         keys, values = self._rows.read(start)
         return mx.contiguous(keys[:, :, : end - start]), mx.contiguous(values[:, :, : end - start])
+
+    def place(self, num_tokens: int) -> int | None:
+        """Make room for that many tokens; returns where they go, None without a buffer."""
+        rows = self._rows
+        if rows.keys is None:
+            return None
+        if rows.end + num_tokens > rows.capacity:
+            rows.replace(*rows.read(0), _full_capacity(rows.end + num_tokens) - rows.end)
+        return rows.end
+
+    def commit(self, arrays: Sequence[mx.array], num_tokens: int) -> None:
+        """Take the buffers of a compiled step that wrote that many rows at `place`."""
+        self._rows.set_arrays(arrays)
+        self._rows.end += num_tokens
 
     def can_rollback(self, num_tokens: int) -> bool:
         return 0 <= num_tokens <= self.offset
@@ -175,13 +174,6 @@ class KVCache:
             self._rows.replace(
                 snapshot.keys, snapshot.values, _full_capacity(snapshot.offset) - snapshot.offset
             )
-
-    def _grow(self, keys: mx.array, values: mx.array, needed: int) -> None:
-        spare = _full_capacity(needed) - self._rows.end
-        if self._rows.keys is None:
-            self._rows.replace(keys[:, :, :0], values[:, :, :0], spare)
-        else:
-            self._rows.replace(*self._rows.read(0), spare)
 
 
 class SlidingKVCache:
@@ -221,14 +213,29 @@ class SlidingKVCache:
         num_tokens, visible = keys.shape[2], self._num_visible
         if rows.keys is None:
             rows.replace(keys[:, :, :0], values[:, :, :0], self._held + self._room)
-        if rows.end + num_tokens > rows.capacity:
-            kept = rows.read(max(rows.end - self._held, 0))
-            if num_tokens > self._room:
-                return self._update_long(kept, keys, values, visible)
-            rows.replace(*kept, self._held + self._room - kept[0].shape[2])
+        if num_tokens > self._room and rows.end + num_tokens > rows.capacity:
+            return self._update_long(keys, values, visible)
+        self.place(num_tokens)
         rows.append(keys, values)
         self.offset += num_tokens
         return rows.read(rows.end - num_tokens - visible)
+
+    def place(self, num_tokens: int) -> int | None:
+        """Make room for at most SLIDING_ROOM tokens; returns where they go, None without a buffer."""
+        rows = self._rows
+        if rows.keys is None:
+            return None
+        if rows.end + num_tokens > rows.capacity:
+            assert num_tokens <= self._room
+            kept = min(rows.end, self._held)
+            rows.replace(*rows.read(rows.end - kept), self._held + self._room - kept)
+        return rows.end
+
+    def commit(self, arrays: Sequence[mx.array], num_tokens: int) -> None:
+        """Take the buffers of a compiled step that wrote that many rows at `place`."""
+        self._rows.set_arrays(arrays)
+        self._rows.end += num_tokens
+        self.offset += num_tokens
 
     def can_rollback(self, num_tokens: int) -> bool:
         """True down to `slack` tokens below the highest offset reached, and below while rows remain."""
@@ -270,15 +277,14 @@ class SlidingKVCache:
 
     @property
     def _room(self) -> int:
-        """Spare rows after compaction: one copy of the window per window of decoded tokens."""
-        return max(self.window, self.slack)
+        """Spare rows behind those."""
+        return max(SLIDING_ROOM, self.slack)
 
-    def _update_long(
-        self, kept: tuple[mx.array, mx.array], keys: mx.array, values: mx.array, visible: int
-    ) -> tuple[mx.array, mx.array]:
+    def _update_long(self, keys: mx.array, values: mx.array, visible: int) -> tuple[mx.array, mx.array]:
         """A chunk longer than the spare room: attend over a temporary, keep its tail."""
-        all_keys = mx.concatenate([kept[0], keys], axis=2)
-        all_values = mx.concatenate([kept[1], values], axis=2)
+        kept_keys, kept_values = self._rows.read(max(self._rows.end - self._held, 0))
+        all_keys = mx.concatenate([kept_keys, keys], axis=2)
+        all_values = mx.concatenate([kept_values, values], axis=2)
         total = all_keys.shape[2]
         tail = max(total - self._held, 0)
         spare = self._held + self._room - (total - tail)
@@ -294,77 +300,6 @@ LayerCache = KVCache | SlidingKVCache
 def make_layer_cache(layer: LayerConfig, slack: int = DEFAULT_SLACK) -> LayerCache:
     """An empty cache of the layer's kind."""
     return KVCache() if layer.window is None else SlidingKVCache(layer.window, slack)
-
-
-class ModelCache(Sequence[LayerCache]):
-    """The caches of all backbone layers; also usable as the `prompt_cache` of mlx-lm's loops.
-
-    `tokens` are the ids covered so far, `pending` the accepted ids that have not been run through the
-    backbone (after a finished generation: the newest one), `mtp` the draft state that belongs to the same
-    tokens. The decode loop keeps all three; a plain model call only advances the layers.
-    """
-
-    def __init__(self, layers: Sequence[LayerConfig], slack: int = DEFAULT_SLACK) -> None:
-        self._layers: list[LayerCache] = [make_layer_cache(layer, slack) for layer in layers]
-        self.slack = slack
-        self.pending: list[int] = []
-        self.tokens: list[int] = []
-        self.mtp: Any = None
-
-    @property
-    def offset(self) -> int:
-        """Tokens seen by every layer."""
-        return self._layers[0].offset
-
-    @property
-    def nbytes(self) -> int:
-        """Allocated bytes of all layers, spare room included; the draft state is not counted."""
-        return sum(layer.nbytes for layer in self._layers)
-
-    @property
-    def state(self) -> list[list[mx.array]]:
-        """The arrays to evaluate after a model call, per layer."""
-        return [layer.state for layer in self._layers]
-
-    @state.setter
-    def state(self, arrays: Sequence[Sequence[mx.array]]) -> None:
-        for layer, layer_arrays in zip(self._layers, arrays, strict=True):
-            layer.state = list(layer_arrays)
-
-    def can_rollback(self, num_tokens: int) -> bool:
-        return all(layer.can_rollback(num_tokens) for layer in self._layers)
-
-    def rollback(self, num_tokens: int) -> None:
-        """Forget the newest tokens everywhere, or raise CacheRollbackError and change nothing."""
-        if not self.can_rollback(num_tokens):
-            raise CacheRollbackError(
-                f"cannot forget {num_tokens} of {self.offset} tokens: sliding layers keep {self.slack}"
-            )
-        for layer in self._layers:
-            layer.rollback(num_tokens)
-        del self.tokens[self.offset :]
-
-    def snapshot(self) -> ModelSnapshot:
-        """The present rows of all layers; later updates do not touch them."""
-        return ModelSnapshot(tuple(layer.snapshot() for layer in self._layers))
-
-    def restore(self, snapshot: ModelSnapshot) -> None:
-        """Go to the state of a snapshot; `tokens`, `pending` and `mtp` are the caller's to set."""
-        for layer, layer_snapshot in zip(self._layers, snapshot.layers, strict=True):
-            layer.restore(layer_snapshot)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __iter__(self) -> Iterator[LayerCache]:
-        return iter(self._layers)
-
-    @overload
-    def __getitem__(self, index: int) -> LayerCache: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[LayerCache]: ...
-    def __getitem__(self, index: int | slice) -> LayerCache | list[LayerCache]:
-        return self._layers[index]
 
 
 def window_mask(num_tokens: int, num_past: int, window: int | None) -> Mask:
