@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from math import exp
 from pathlib import Path
@@ -123,19 +124,18 @@ def _acceptance(
     mx.eval(embeddings)
     stream.drop_embedding()
     for depth in range(stream.num_mtp_layers):
-        layer = stream.mtp_layer(depth)
+        mtp = stream.mtp_layers(depth)
         hits = rows = 0
         for chunk, x in enumerate(hidden):
             # Row i sees token i+1+depth and predicts the one after, as the backbone does in row i+1+depth.
             count = ids[chunk].shape[1] - 1 - depth
             if count <= 0:
                 continue
-            hidden[chunk] = layer(embeddings[chunk][:, depth + 1 :], x[:, :count], None)
+            hidden[chunk] = mtp.step(depth, embeddings[chunk][:, depth + 1 :], x[:, :count])
             mx.eval(hidden[chunk])
-            drafts = _argmax(layer.shared_head, hidden[chunk])
+            drafts = _argmax(partial(mtp.logits, depth), hidden[chunk])
             hits += int((drafts == best[chunk][depth + 1 :]).sum())
             rows += count
-        del layer
         stream.drop_mtp_layer(depth)
         if rows:
             yield hits / rows

@@ -54,9 +54,12 @@ class LayerStream:
     def drop_layer(self, index: int) -> None:
         self._drop(self._model.layers, index)
 
-    def mtp_layer(self, index: int) -> Any:
+    def mtp_layers(self, index: int) -> MTP:
+        """The MTP layers; of those still there only this one may be used."""
         self._fill(f"mtp.layers.{index}.")
-        return self._model.mtp.layers[index]
+        assert self._model.mtp is not None
+        layers: MTP = self._model.mtp
+        return layers
 
     def drop_mtp_layer(self, index: int) -> None:
         self._drop(self._model.mtp.layers, index)
