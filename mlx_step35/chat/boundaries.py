@@ -7,6 +7,7 @@ every conversation that starts alike.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from mlx_step35.chat.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def prompt_boundaries(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[Boundar
     starts = [place for place, token in enumerate(ids) if token == opener]
     boundaries = [
         Boundary(end, _kind(ids[start + 1 : end], tokenizer))
-        for start, end in zip(starts, starts[1:], strict=False)
+        for start, end in pairwise(starts)
     ]
     if ids:
         boundaries.append(Boundary(len(ids), "prompt"))
