@@ -156,6 +156,11 @@ class Session:
         if self.cache.offset:
             self._save()
 
+    def export(self) -> tuple[Snapshot, list[Snapshot]]:
+        """The present state with all its rows, and the saved states on the way to it."""
+        tokens = as_tokens(self.cache.tokens)
+        return take(self.cache, tokens, ()), self.store.on_path(tokens)
+
     def reset(self) -> None:
         """Give up the live cache, and the snapshots that need rows of it."""
         self.store.drop_lent()

@@ -19,6 +19,8 @@ from mlx_step35.decoding import DecodeOptions, MTPChoice, prepare
 from mlx_step35.errors import RequestError, Step35Error
 from mlx_step35.generate.api import NOT_SERVED, GenerationResponse, stream_tokens
 from mlx_step35.generate.report import print_summary, stats_json
+from mlx_step35.generate.resume import PromptCacheFile
+from mlx_step35.prompt_cache.archive import check_archive_path
 from mlx_step35.sampling import CustomSampling, SamplingParams
 
 # What the model's makers recommend.
@@ -51,6 +53,7 @@ class Job:
     options: DecodeOptions
     is_verbose: bool
     stats_path: Path | None
+    prompt_cache_path: Path | None
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -83,14 +86,23 @@ def _generate(job: Job) -> int:
     if job.is_verbose:
         print("=" * 10)
     bar = _PrefillBar(job.options.prefill_step_size)
+    saved = PromptCacheFile(job.prompt_cache_path, model, path) if job.prompt_cache_path else None
+    rest, cache, options = saved.start(ids, tokenizer, job.options) if saved else (ids, None, job.options)
+
+    def on_prefill(done: int, total: int) -> None:
+        bar.update(done, total)
+        if saved:
+            saved.reached()
+
     stream = stream_tokens(
         model,
-        ids,
+        rest,
         tokenizer.detokenizer(),
         frozenset(eos_token_ids),
         job.sampling,
-        job.options,
-        on_prefill=bar.update,
+        options,
+        cache=cache,
+        on_prefill=on_prefill,
     )
     with closing(stream):
         try:
@@ -105,6 +117,8 @@ def _generate(job: Job) -> int:
         print_summary(response)
     else:
         print()
+    if saved:
+        saved.save()
     if job.stats_path:
         _write_stats(job.stats_path, stats_json(response, token_ids))
     return exit_code
@@ -165,6 +179,8 @@ def _job(args: argparse.Namespace) -> Job:
     for name in ("draft_model", "max_kv_size", "kv_bits", "adapter_path"):
         if getattr(args, name) is not None:
             raise RequestError(f"--{name.replace('_', '-')} is not served: {NOT_SERVED[name]}", field=name)
+    if args.prompt_cache_file is not None:
+        check_archive_path(args.prompt_cache_file)
     prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     return Job(
         model=args.model,
@@ -179,6 +195,7 @@ def _job(args: argparse.Namespace) -> Job:
         options=DecodeOptions(args.max_tokens, args.mtp, not args.no_lookup, args.prefill_step_size),
         is_verbose=args.verbose,
         stats_path=args.stats,
+        prompt_cache_path=args.prompt_cache_file,
     )
 
 
@@ -263,6 +280,12 @@ def _parser() -> argparse.ArgumentParser:
         help="dtype of activations (default: %(default)s)",
     )
     add("--verbose", type=_boolean, default=True, help="print a summary after the text (default: True)")
+    add(
+        "--prompt-cache-file",
+        type=Path,
+        metavar="FILE",
+        help="continue from this file as far as the prompt is the same; written at the end",
+    )
     add("--stats", type=Path, metavar="FILE", help="write what was measured to a JSON file")
     for flag in ("--max-kv-size", "--kv-bits", "--draft-model", "--adapter-path"):
         add(flag, help=argparse.SUPPRESS)

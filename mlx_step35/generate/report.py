@@ -11,7 +11,8 @@ def print_summary(response: GenerationResponse) -> None:
     """mlx-lm's closing lines, and how drafting went."""
     print()
     print("=" * 10)
-    print(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
+    cached = f" and {response.stats.cached_tokens} cached" if response.stats.cached_tokens else ""
+    print(f"Prompt: {response.prompt_tokens} tokens{cached}, {response.prompt_tps:.3f} tokens-per-sec")
     print(f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec")
     print(f"Passes: {response.stats.forward_passes}, {response.stats.tokens_per_pass:.2f} tokens per pass")
     for line in _drafting(response.stats):
@@ -24,7 +25,8 @@ def stats_json(response: GenerationResponse | None, token_ids: Sequence[int]) ->
     if response is None:
         return {"generated_tokens": 0, "token_ids": [], "finish_reason": "interrupted"}
     return {
-        "prompt_tokens": response.prompt_tokens,
+        "prompt_tokens": response.prompt_tokens + response.stats.cached_tokens,
+        "cached_tokens": response.stats.cached_tokens,
         "generated_tokens": response.generation_tokens,
         "token_ids": list(token_ids),
         "prompt_tps": response.prompt_tps,

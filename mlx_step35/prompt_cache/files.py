@@ -201,6 +201,16 @@ def read(path: Path, fingerprint: str) -> Record:
     return _record(path, heading, tensors, json.loads(metadata["snapshots"]))
 
 
+def is_prompt_cache(path: Path) -> bool:
+    """Whether a file says it is one of these, whole or not; an empty one may become one."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8 + 2 * len(FORMAT) + 64)
+    except OSError:
+        return False
+    return not head or FORMAT.encode() in head
+
+
 def fingerprint(model_path: Path, dtype: str) -> str:
     """What saved states depend on: weights, config, tokenizer, dtype and this format, as a hex digest.
 

@@ -60,6 +60,15 @@ class PromptCacheStore:
         entry.last_used = self._clock
         return True
 
+    def on_path(self, tokens: TokenArray) -> list[Snapshot]:
+        """The snapshots in memory of every prefix of these tokens."""
+        snapshots = [entry.snapshot for _, _, entry in self._index.items() if entry.snapshot is not None]
+        return [
+            snapshot
+            for snapshot in snapshots
+            if snapshot.position <= len(tokens) and (snapshot.tokens == tokens[: snapshot.position]).all()
+        ]
+
     def block(self, key: bytes) -> Block | None:
         """The block of that key, if some snapshot holds it."""
         return self._blocks.get(key)
