@@ -1,0 +1,5 @@
+"""`python -m mlx_step35.plan`."""
+
+from mlx_step35.plan import main
+
+main()
