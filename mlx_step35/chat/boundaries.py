@@ -45,10 +45,7 @@ def prompt_boundaries(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[Boundar
     """
     opener = tokenizer.token_id(TURN_OPENER)
     starts = [place for place, token in enumerate(ids) if token == opener]
-    boundaries = [
-        Boundary(end, _kind(ids[start + 1 : end], tokenizer))
-        for start, end in pairwise(starts)
-    ]
+    boundaries = [Boundary(end, _kind(ids[start + 1 : end], tokenizer)) for start, end in pairwise(starts)]
     if ids:
         boundaries.append(Boundary(len(ids), "prompt"))
     return tuple(boundaries)

@@ -66,7 +66,11 @@ def _message(message: Mapping[str, Any], path: str) -> Message:
         return _assistant(message, content, path)
     if role == "tool":
         return {"role": "tool", "content": content, "tool_call_id": message.get("tool_call_id")}
-    return {"role": "user" if role == "user" else "system", "content": content}
+    normalized: Message = {"role": "user" if role == "user" else "system", "content": content}
+    if role == "system" and message.get("name") == "observation":
+        # The one name that the template looks at.
+        normalized["name"] = "observation"
+    return normalized
 
 
 def _assistant(message: Mapping[str, Any], content: str, path: str) -> Message:

@@ -373,9 +373,7 @@ class CallScanner:
         return self._take(match.end())
 
     def _hold_blank(self) -> None:
-        blank = self._take_blank()
-        if blank:
-            self._candidate.held.append(blank)
+        self._candidate.held.append(self._take_blank())
 
     def _held(self) -> str:
         candidate = self._candidate

@@ -16,7 +16,7 @@ from tokenizers.decoders import DecodeStream
 
 from mlx_step35.chat.pieces import SentencePieceBackend
 from mlx_step35.chat.reading import clean, configured_tokens, read_json
-from mlx_step35.chat.template import Rendered
+from mlx_step35.chat.segments import Rendered
 from mlx_step35.errors import CheckpointError
 
 

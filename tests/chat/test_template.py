@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mlx_step35.chat.messages import normalize_messages
 from mlx_step35.chat.output import parse_output
+from mlx_step35.chat.segments import Controls
 from mlx_step35.chat.template import ChatTemplate
 from mlx_step35.chat.tokenizer import Tokenizer
 from mlx_step35.errors import CheckpointError, RequestError
@@ -349,3 +350,16 @@ def test_json_strings_in_tools_are_printed_as_given(template: ChatTemplate) -> N
         "\n" + json.dumps(tool, ensure_ascii=False) + "\n</tools>"
         in template.render([user("q")], [tool]).text
     )
+
+
+def test_the_longest_control_string_is_the_one_that_counts() -> None:
+    strings = ["<a", "<a>", "<a><b>", "<c>", "x"]
+    pattern = Controls(strings).pattern
+    assert [match[0] for match in pattern.finditer("<a <a> <a><b <a><b> <c>x <")] == [
+        "<a", "<a>", "<a>", "<a><b>", "<c>", "x",
+    ]  # fmt: skip
+
+
+def test_an_observation_keeps_its_role(template: ChatTemplate) -> None:
+    messages = [user("q"), {"role": "system", "name": "observation", "content": "O"}]
+    assert "<|im_start|>observation\nO<|im_end|>\n" in template.render(messages).text
