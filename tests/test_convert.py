@@ -231,6 +231,8 @@ def test_only_adds_them_beside_somebodys_files(release_source: Path, tmp_path: P
     assert all(mx.array_equal(ours[name], expected[name]) for name in ours)
     with pytest.raises(RequestError, match="has MTP layers already"):
         convert(str(lean), theirs, mtp="only")
+    with pytest.raises(RequestError, match="has MTP layers already"):
+        convert(str(lean), lean, mtp="only")
 
 
 def test_only_refuses_a_source_without_heads(release_source: Path, tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ class Facts:
         return re.fullmatch(r"[\w.-]+/[\w.-]+", self.name) is not None and not Path(self.name).exists()
 
 
-def model_card(plan: Plan, config: ModelConfig, facts: Facts, title: str) -> str:
-    """README.md with the hub's metadata block."""
+def model_card(plan: Plan, config: ModelConfig, facts: Facts, name: str) -> str:
+    """README.md with the hub's metadata block; `name` is the repo's or the directory's."""
     metadata = ["---", "library_name: mlx", "pipeline_tag: text-generation"]
     if facts.license:
         metadata.append(f"license: {facts.license}")
@@ -44,7 +44,8 @@ def model_card(plan: Plan, config: ModelConfig, facts: Facts, title: str) -> str
         *(["- multi-token-prediction"] if plan.sidecar else []),
         "---",
     ]
-    return "\n".join([*metadata, "", f"# {title}", "", *_body(plan, config, facts)]) + "\n"
+    title = name.rpartition("/")[2]
+    return "\n".join([*metadata, "", f"# {title}", "", *_body(plan, config, facts, name)]) + "\n"
 
 
 def put_quality(card: str, figures: Mapping[str, Any]) -> str:
@@ -66,7 +67,7 @@ def source_license(source: Path) -> str | None:
     return found[1] if found else None
 
 
-def _body(plan: Plan, config: ModelConfig, facts: Facts) -> list[str]:
+def _body(plan: Plan, config: ModelConfig, facts: Facts, name: str) -> list[str]:
     revision = f" at revision `{facts.revision}`" if facts.revision else ""
     source = f"[{facts.name}](https://huggingface.co/{facts.name})" if facts.is_repo else f"`{facts.name}`"
     heads = (
@@ -108,18 +109,16 @@ def _body(plan: Plan, config: ModelConfig, facts: Facts) -> list[str]:
         "",
         "## Use",
         "",
-        "With [mlx-step35](https://pypi.org/project/mlx-step35/), with drafting:"
-        if plan.sidecar
-        else "With [mlx-step35](https://pypi.org/project/mlx-step35/):",
+        "With mlx-step35, which drafts with the MTP layers:" if plan.sidecar else "With mlx-step35:",
         "",
         "```",
-        'mlx_step35.generate --model DIRECTORY --prompt "Write a haiku about weights."',
+        f'mlx_step35.generate --model {name} --prompt "Write a haiku about weights."',
         "```",
         "",
         "With mlx-lm, without drafting:" if plan.sidecar else "With mlx-lm:",
         "",
         "```",
-        'mlx_lm.generate --model DIRECTORY --prompt "Write a haiku about weights."',
+        f'mlx_lm.generate --model {name} --prompt "Write a haiku about weights."',
         "```",
         "",
         "## How it was made",

@@ -94,7 +94,8 @@ def _write_checkpoint(options: Options, source: Source, plan: Plan) -> None:
         else:
             _write_files(source, plan, journal)
             write_outputs(source.path, directory, source.config.raw, plan)
-            card = model_card(plan, source.config, facts, directory.resolve().name)
+            name = options.upload_repo or directory.resolve().name
+            card = model_card(plan, source.config, facts, name)
             write_atomically(directory / CARD, card.encode())
             journal.is_complete = True
             journal.save()
@@ -113,7 +114,9 @@ def _write_files(source: Source, plan: Plan, journal: Journal) -> None:
         size = TensorWriter.planned_size(shard.tensors, metadata)
         if not journal.is_done(shard.name, size):
             left.append((shard, metadata))
-            needed += size
+            # What a killed run left of this shard is overwritten.
+            partial = journal.directory / f".{shard.name}.partial"
+            needed += size - (partial.stat().st_blocks * 512 if partial.exists() else 0)
     _check_space(journal.directory, needed)
     with _progress(sum(source_bytes(shard, source.entries) for shard, _ in left)) as bar:
         for shard, metadata in left:
@@ -153,12 +156,15 @@ def _verify(plan: Plan, source: Source, directory: Path, checksums: Mapping[str,
 
 
 def _check_neighbour(directory: Path, config: ModelConfig) -> None:
-    """The heads fit beside a checkpoint only if it is of the same model."""
+    """The heads fit beside a checkpoint only if it is of the same model and has none yet."""
     if not (directory / "config.json").exists():
         return
     other = ModelConfig.from_hf(read_json(directory / "config.json"))
     if backbone_weights(other) != backbone_weights(config):
         raise RequestError(f"{directory} holds a model of another shape", field="mlx_path")
+    texts = [text_name(name) or "" for name in read_index(directory)]
+    if any(parameter_name(text, config.num_layers, False).is_mtp for text in texts):
+        raise RequestError(f"{directory} has MTP layers already", field="mlx_path")
 
 
 def _files(index: Mapping[str, str], wanted: frozenset[str] | None) -> list[str]:

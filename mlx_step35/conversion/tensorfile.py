@@ -1,9 +1,11 @@
 """Tensors read and written by offset: nothing here maps a file, because mapped pages count as resident."""
 
+import fcntl
 import hashlib
 import json
 import os
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +24,8 @@ def read_range(entry: Entry, offset: int, nbytes: int) -> bytes:
 class TensorWriter:
     """A safetensors file being written: header first, then every tensor front to back, in any interleaving.
 
-    The file has a temporary name until `commit`, which needs every byte of every tensor.
+    The file has a temporary name until `commit`, which needs every byte of every tensor; leaving without it
+    removes the file.
     """
 
     def __init__(self, path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> None:
@@ -51,7 +54,7 @@ class TensorWriter:
         """Sync and give the file its name; returns a checksum per tensor."""
         short = [name for name, region in self._regions.items() if region.written != region.nbytes]
         assert not short, f"{short[0]} is incomplete"
-        os.fsync(self._fd)
+        _sync(self._fd)
         os.close(self._fd)
         self._fd = -1
         self.partial.replace(self.path)
@@ -64,6 +67,7 @@ class TensorWriter:
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         if self._fd >= 0:
             os.close(self._fd)
+            self.partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -72,7 +76,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         _pwrite(fd, data, 0)
-        os.fsync(fd)
+        _sync(fd)
     finally:
         os.close(fd)
     partial.replace(path)
@@ -115,6 +119,15 @@ def _header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> tuple[byt
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     return header, [len(header) + offset for offset in offsets[:-1]]
+
+
+def _sync(fd: int) -> None:
+    """Bring a file to the medium; on macOS fsync alone stops at the drive's own cache."""
+    if sys.platform == "darwin":
+        with suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
 
 
 def _pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:

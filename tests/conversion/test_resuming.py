@@ -111,6 +111,7 @@ def test_a_full_disk_is_one_line_and_resumes(
     assert exited.value.code == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: No space left on device") and "same command" in error
+    assert not list((tmp_path / "out").glob(".*.partial"))
     done = set((tmp_path / "out").glob("model-*.safetensors"))
     assert done
     times = {file: file.stat().st_mtime_ns for file in done}
