@@ -107,7 +107,8 @@ class Session:
         self._prompt = prompt = as_tokens(tokens)
         self._stops = ()
         limit = len(prompt) - 1
-        live = common_length(as_tokens(self.cache.tokens), prompt)
+        # Without room for any saved state nothing is kept from one prompt to the next.
+        live = common_length(as_tokens(self.cache.tokens), prompt) if self.store.limit_bytes else 0
         here = min(live, limit)
         match, snapshot, source = self._find(prompt, limit, here)
         if here >= match.position and self._can_go_back(self.cache.offset - here):
