@@ -29,6 +29,7 @@ GROUPS = [
     {"prompt_cache"},
     {"engine"},
     {"api"},
+    {"http"},
     {"conversion"},
     {"generate", "convert", "quality", "server", "plan", "bench"},
 ]

@@ -1,0 +1,1 @@
+"""Three dialects in JSON, and our own types: pure functions, no MLX, no HTTP."""

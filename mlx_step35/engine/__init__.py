@@ -1,0 +1,1 @@
+"""One thread that owns every array: token ids in, events out."""

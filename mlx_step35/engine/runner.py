@@ -1,0 +1,128 @@
+"""The model at work on one answer: prompt reuse, decoding, log-probabilities; on the worker's thread."""
+
+import logging
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+
+from mlx_step35.decoding import Decoded, DecodeOptions, DecodeStats, MTPChoice, decode, make_controller
+from mlx_step35.engine.request import CancelledError, Candidate, Logprobs, Memory
+from mlx_step35.engine.session import Reuse, Session
+from mlx_step35.model import Model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to decode, beyond what a request asks for."""
+
+    prefill_step_size: int = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One answer under way: what was reused, what happens, and the tokens."""
+
+    reuse: Reuse
+    stats: DecodeStats
+    tokens: Generator[Decoded, None, None]
+
+
+class Runner:
+    """A loaded model with its session."""
+
+    def __init__(
+        self,
+        model: Model,
+        session: Session,
+        settings: Settings | None = None,
+        decode: Callable[..., Iterator[Decoded]] = decode,
+    ) -> None:
+        self._model = model
+        self._session = session
+        self._settings = settings or Settings()
+        self._decode = decode
+        self._controller = make_controller(model)
+
+    def start(
+        self,
+        candidate: Candidate,
+        mtp: MTPChoice,
+        lookup: bool,
+        on_prefill: Callable[[int, int], None],
+    ) -> Run:
+        """Look up what is known of the prompt; the tokens then come as the iterator is advanced.
+
+        CancelledError from `on_prefill` ends the answer. The iterator must be closed; then the session holds
+        what was done so far.
+        """
+        session = self._session
+        reuse = session.sync(candidate.prompt)
+        logger.debug(
+            "prompt of %d tokens: %d reused from %s, limited by %s at token %d (known %s, given %s)",
+            reuse.prompt_tokens,
+            reuse.cached_tokens,
+            reuse.source,
+            reuse.limited_by,
+            reuse.common_tokens,
+            reuse.found,
+            reuse.given,
+        )
+        options = DecodeOptions(
+            max_tokens=candidate.max_tokens,
+            mtp=mtp,
+            lookup=lookup,
+            prefill_step_size=self._settings.prefill_step_size,
+            prefill_boundaries=session.stops(candidate.boundaries),
+        )
+
+        def prefilled(done: int, total: int) -> None:
+            session.reached()
+            on_prefill(reuse.cached_tokens + done, reuse.cached_tokens + total)
+
+        stats = DecodeStats()
+        stream = self._decode(
+            self._model,
+            list(candidate.prompt[reuse.cached_tokens :]),
+            session.cache,
+            candidate.sampling,
+            options,
+            on_prefill=prefilled,
+            constraint=candidate.constraint,
+            stats=stats,
+            controller=self._controller,
+        )
+        return Run(reuse, stats, self._guarded(stream))
+
+    def memory(self) -> Memory:
+        """Bytes in use now, at most so far, and in saved prefixes."""
+        return Memory(mx.get_active_memory(), mx.get_peak_memory(), self._session.store.nbytes)
+
+    def _guarded(self, stream: Iterator[Decoded]) -> Generator[Decoded, None, None]:
+        """The stream; at its end the session keeps the state, or gives it up if it cannot be trusted."""
+        is_sound = False
+        try:
+            yield from stream
+            is_sound = True
+        except (GeneratorExit, CancelledError):
+            is_sound = True
+            raise
+        finally:
+            if is_sound:
+                self._session.finish()
+            else:
+                self._session.reset()
+
+
+def read_logprobs(decoded: Decoded, num_top: int) -> Logprobs:
+    """Numbers out of a token's log-probabilities; waits for the device."""
+    row = decoded.logprobs
+    logprob = cast(float, row[decoded.token].tolist())
+    if not num_top:
+        return Logprobs(decoded.token, logprob, ())
+    likeliest = mx.argsort(-row)[:num_top]
+    ids, values = cast(list[int], likeliest.tolist()), cast(list[float], row[likeliest].tolist())
+    return Logprobs(decoded.token, logprob, tuple(zip(ids, values, strict=True)))

@@ -1,0 +1,73 @@
+"""A request's body as JSON, within limits. Frameworks' own models know no limit and answer 422."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from starlette.requests import ClientDisconnect, Request
+
+from mlx_step35.api.failures import Failure, FailureError
+from mlx_step35.errors import RequestError
+
+MAX_DEPTH = 200
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body. Raises FailureError (413) for one that is too large.
+
+    What is too large is still read for a while, thrown away: a client that is cut off in the middle of
+    sending does not see the answer.
+    """
+    announced = request.headers.get("content-length", "")
+    is_too_large = announced.isdecimal() and int(announced) > max_bytes
+    chunks: list[bytes] = []
+    num_bytes = 0
+    try:
+        async for chunk in request.stream():
+            num_bytes += len(chunk)
+            is_too_large = is_too_large or num_bytes > max_bytes
+            if is_too_large:
+                chunks.clear()
+                if num_bytes > 2 * max_bytes:
+                    break
+            else:
+                chunks.append(chunk)
+    except ClientDisconnect:
+        raise FailureError(Failure(400, "the client left while sending")) from None
+    if is_too_large:
+        raise FailureError(Failure(413, f"the body is larger than {max_bytes} bytes"))
+    return b"".join(chunks)
+
+
+def parse_json(body: bytes) -> Mapping[str, Any]:
+    """The body's JSON object. Raises RequestError."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise RequestError(f"the body nests deeper than {MAX_DEPTH} levels", code="invalid_json") from None
+    except ValueError as error:
+        raise RequestError(f"the body is no valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise RequestError("the body must be a JSON object", code="invalid_json")
+    _check_depth(value)
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check_depth(value: Any) -> None:
+    """Raises RequestError for a value that code which recurses could not handle."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RequestError(f"the body nests deeper than {MAX_DEPTH} levels", code="invalid_json")
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                below += [child for child in one.values() if isinstance(child, dict | list)]
+            elif isinstance(one, list):
+                below += [child for child in one if isinstance(child, dict | list)]
+        level = below

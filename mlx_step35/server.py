@@ -1,0 +1,280 @@
+"""The command `mlx_step35.server`: one model for the agents on this machine, in three dialects of HTTP."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast, get_args
+
+import uvicorn
+
+from mlx_step35.api.models import Served
+from mlx_step35.chat.template import ChatTemplate
+from mlx_step35.chat.tokenizer import Tokenizer
+from mlx_step35.checkpoint import DTypeName, load_checkpoint, read_config, resolve_model
+from mlx_step35.decoding import MTPChoice, prepare
+from mlx_step35.engine.engine import Engine
+from mlx_step35.engine.runner import Runner, Settings
+from mlx_step35.engine.session import Session
+from mlx_step35.errors import RequestError, Step35Error
+from mlx_step35.guard import check_load
+from mlx_step35.http.access import QuietBreaks
+from mlx_step35.http.app import create_app
+from mlx_step35.http.gate import is_loopback
+from mlx_step35.http.preparing import Preparer
+from mlx_step35.http.settings import GenerationDefaults, ServerSettings
+from mlx_step35.prompt_cache.disk import DiskTier
+from mlx_step35.prompt_cache.files import fingerprint
+from mlx_step35.prompt_cache.store import PromptCacheStore
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+DEFAULT_NAME = "step-3.5-flash"
+KEY_VARIABLE = "MLX_STEP35_API_KEY"
+# How long streams under way may go on after SIGTERM.
+SHUTDOWN_S = 10
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of the command."""
+
+    model: str
+    dtype: DTypeName
+    host: str
+    port: int
+    name: str
+    aliases: tuple[str, ...]
+    defaults: GenerationDefaults
+    prefill_step_size: int
+    max_context: int | None
+    max_queue: int
+    api_key: str | None
+    cors_origins: frozenset[str]
+    max_body_bytes: int
+    keepalive_s: float
+    request_timeout_s: float
+    prompt_cache_bytes: int
+    prompt_cache_dir: Path | None
+    log_level: str
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    try:
+        job = _job(_parser().parse_args(arguments))
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=job.log_level.upper())
+        logging.getLogger("uvicorn.error").addFilter(QuietBreaks())
+        return asyncio.run(_serve(job))
+    except KeyboardInterrupt:
+        return 0
+    except Step35Error as error:
+        return _fail(error)
+
+
+async def _serve(job: Job) -> int:
+    path = resolve_model(job.model)
+    config = read_config(path)
+    context_length = min(job.max_context or config.context_length, config.context_length)
+    check_load(path, context_length if job.max_context else None)
+    preparer = Preparer(
+        Tokenizer.from_directory(path), ChatTemplate.from_directory(path), job.defaults, context_length
+    )
+    engine = Engine(lambda: _load(job, path), job.max_queue)
+    settings = ServerSettings(
+        served=Served(
+            job.name, frozenset({*job.aliases, job.model, path.name}), context_length, int(time.time())
+        ),
+        defaults=job.defaults,
+        api_key=job.api_key,
+        is_loopback=is_loopback(job.host),
+        cors_origins=job.cors_origins,
+        max_body_bytes=job.max_body_bytes,
+        keepalive_s=job.keepalive_s,
+        request_timeout_s=job.request_timeout_s,
+    )
+    return await serve(engine, preparer, settings, job.host, job.port)
+
+
+async def serve(engine: Engine, preparer: Preparer, settings: ServerSettings, host: str, port: int) -> int:
+    """Answer requests until a signal comes or the model cannot be loaded; returns the exit code."""
+    server = HttpServer(
+        uvicorn.Config(
+            create_app(engine, preparer, settings),
+            host=host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=SHUTDOWN_S,
+        )
+    )
+    serving = asyncio.create_task(server.serve())
+    loading = asyncio.create_task(engine.loaded())
+    await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+    if engine.load_error is not None:
+        server.should_exit = True
+        await serving
+        return _fail(engine.load_error)
+    if not serving.done():
+        logger.info("%s is ready at http://%s:%d", settings.served.name, host, port)
+    await serving
+    await loading
+    return 0 if server.started else EXIT_FAILURE
+
+
+def _load(job: Job, path: Path) -> Runner:
+    """Runs on the engine's thread, which owns all arrays from here on."""
+    model = load_checkpoint(path, job.dtype)
+    prepare(model)
+    store = PromptCacheStore(job.prompt_cache_bytes)
+    disk = None
+    if job.prompt_cache_dir is not None:
+        identity = fingerprint(path, str(model.dtype))
+        disk = DiskTier(job.prompt_cache_dir, job.prompt_cache_bytes, identity)
+    return Runner(model, Session(model, store, disk), Settings(job.prefill_step_size))
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, but a signal ends it with exit code 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own version raises the signal again when everything is done."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return EXIT_USAGE if isinstance(error, RequestError) else EXIT_FAILURE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx_step35.server", description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="directory, hub repository, or 'nano' for the bundled model")
+    add("--model-name", default=DEFAULT_NAME, help="name under which it is served (%(default)s)")
+    add("--model-alias", action="append", default=[], help="a further name; claude-* always works")
+    add("--dtype", choices=get_args(DTypeName), default="auto")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8080)
+    _add_generation_flags(parser)
+    _add_access_flags(parser)
+    add("--max-context", type=_positive, help="tokens of prompt and answer together (the model's limit)")
+    add("--max-queue", type=_positive, default=32, help="requests running and waiting (%(default)s)")
+    add("--max-body-bytes", type=_positive, default=32 * 2**20, help="size of a request (%(default)s)")
+    add("--keepalive", type=_seconds, default=10.0, help="seconds of silence before an event (%(default)s)")
+    add("--request-timeout", type=_seconds, default=3600.0, help="seconds for an answer (%(default)s)")
+    add("--prompt-cache-bytes", type=_size, default=4 * 2**30, help="saved prompts, e.g. 8GB (4GiB)")
+    add("--prompt-cache-dir", type=Path, help="keep saved prompts here across restarts (off)")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    return parser
+
+
+def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("generation, where a request says nothing").add_argument
+    add("--temp", type=_fraction(2), default=1.0, help="temperature (%(default)s)")
+    add("--top-p", type=_fraction(1), default=0.95, help="nucleus sampling (%(default)s)")
+    add("--max-tokens", type=_positive, help="tokens of an answer (what is left of the context)")
+    add("--mtp", choices=("auto", "off", "1", "2", "3"), default="auto", help="draft depth (%(default)s)")
+    add("--no-lookup", action="store_true", help="do not draft by copying from the prompt")
+    add("--prefill-step-size", type=_positive, default=2048, help="prompt tokens per pass (%(default)s)")
+
+
+def _add_access_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("access").add_argument
+    add("--api-key", help=f"key that clients must send (${KEY_VARIABLE}; none)")
+    add("--insecure", action="store_true", help="listen beyond this machine without a key")
+    add("--cors-origin", action="append", default=[], help="web page that may send requests, or '*'")
+
+
+def _job(options: argparse.Namespace) -> Job:
+    """The options as values. Raises RequestError for a combination that is refused."""
+    key = options.api_key or os.environ.get(KEY_VARIABLE) or None
+    if key is None and not is_loopback(options.host) and not options.insecure:
+        raise RequestError(
+            f"--host {options.host} can be reached from other machines: set --api-key, or --insecure", "host"
+        )
+    mtp = cast(MTPChoice, options.mtp if options.mtp in ("auto", "off") else int(options.mtp))
+    return Job(
+        model=options.model,
+        dtype=options.dtype,
+        host=options.host,
+        port=options.port,
+        name=options.model_name,
+        aliases=tuple(options.model_alias),
+        defaults=GenerationDefaults(
+            options.temp, options.top_p, options.max_tokens, mtp, not options.no_lookup
+        ),
+        prefill_step_size=options.prefill_step_size,
+        max_context=options.max_context,
+        max_queue=options.max_queue,
+        api_key=key,
+        cors_origins=frozenset(options.cors_origin),
+        max_body_bytes=options.max_body_bytes,
+        keepalive_s=options.keepalive,
+        request_timeout_s=options.request_timeout,
+        prompt_cache_bytes=options.prompt_cache_bytes,
+        prompt_cache_dir=options.prompt_cache_dir,
+        log_level=options.log_level,
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def _fraction(most: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not 0 <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be between 0 and {most}")
+        return value
+
+    return parse
+
+
+def _size(text: str) -> int:
+    """Bytes: a number, or one with KB, MB, GB, KiB, MiB or GiB."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.rstrip("kKmMgGiIbB ")
+    unit = text[len(number) :].strip().upper()
+    if unit not in units or not number:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 8GB, or a number of bytes")
+    return int(float(number) * units[unit])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""A decode function that says what the last user text tells it to: the server above it is the real one.
+
+It forces token ids, and keeps real caches at the offsets they would have, so that detokenising, stop strings,
+the output parser and the prompt cache work as with a model. Directives, as in tests/clients/check.py:
+[tool NAME {json}]  [tools2 NAME {json}]  [slow SECONDS]  [long N]  [say TEXT]  [fail]  [fail-prefill]
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_step35.cache import ModelCache
+from mlx_step35.chat.template import ChatTemplate
+from mlx_step35.chat.tokenizer import Tokenizer
+from mlx_step35.config import ModelConfig
+from mlx_step35.decoding import Decoded, DecodeOptions, DecodeStats
+from mlx_step35.engine.runner import Runner, Settings
+from mlx_step35.engine.session import Session
+from mlx_step35.model import Model
+from mlx_step35.prompt_cache.store import PromptCacheStore
+from tests.tiny import tiny_config
+
+NANO = Path(__file__).parents[2] / "mlx_step35" / "nano"
+PREFILL_TICK_S = 0.05
+EVAL_TOKENS = 64
+
+# From the last user text and the last turn to the text to generate, from inside the thinking block on.
+Script = Callable[[str, str], str]
+
+
+def nano_texts() -> tuple[Tokenizer, ChatTemplate]:
+    return Tokenizer.from_directory(NANO), ChatTemplate.from_directory(NANO)
+
+
+def obey(user_text: str, last_turn: str) -> str:
+    """What check.py expects of a scripted engine."""
+    thoughts = "Let me think.\n</think>\n"
+    if match := re.search(r"\[(tool|tools2) (\S+) (\{.*?\})\]", user_text):
+        call = render_call(match[2], json.loads(match[3]))
+        return thoughts + call * (2 if match[1] == "tools2" else 1)
+    if match := re.search(r"\[long (\d+)\]", user_text):
+        return thoughts + " ".join(f"w{number}" for number in range(int(match[1])))
+    if match := re.search(r"\[say (.*?)\]", user_text, re.DOTALL):
+        return thoughts + match[1]
+    return thoughts + "Hello there."
+
+
+def render_call(name: str, arguments: dict[str, Any]) -> str:
+    """A call as the model writes it."""
+    parameters = "".join(
+        f"<parameter={key}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n"
+        for key, value in arguments.items()
+    )
+    return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
+
+
+class ScriptedDecode:
+    """Stands in for `decoding.decode`."""
+
+    def __init__(self, tokenizer: Tokenizer, script: Script = obey, token_s: float = 0.0) -> None:
+        self._tokenizer = tokenizer
+        self._script = script
+        self._token_s = token_s
+        self._logprobs: mx.array | None = None
+
+    def __call__(
+        self,
+        model: Model,
+        prompt: Sequence[int],
+        cache: ModelCache,
+        sampling: object,
+        options: DecodeOptions,
+        *,
+        on_prefill: Callable[[int, int], None],
+        constraint: Any,
+        stats: DecodeStats,
+        controller: object,
+    ) -> Iterator[Decoded]:
+        text = self._tokenizer.decode([*cache.tokens, *cache.pending, *prompt])
+        turns = text.split("<|im_start|>")
+        user_text = next((turn for turn in reversed(turns) if turn.startswith("user\n")), "")
+        user_text = user_text.removeprefix("user\n").split("<|im_end|>")[0]
+        stats.prompt_tokens, stats.cached_tokens = len(prompt), len(cache.tokens)
+        self._prefill(cache, [*cache.pending, *prompt], options, on_prefill, user_text)
+        if "[fail-prefill]" in user_text:
+            raise RuntimeError("the script says so")
+        output = self._script(user_text, turns[-2] if len(turns) > 1 else "")
+        is_closed = turns[-1].rstrip().endswith("</think>")
+        if is_closed:
+            output = output.partition("</think>\n")[2]
+        tokens = [*self._tokenizer.encode(output), self._tokenizer.eos_token_ids[-1]]
+        for count, token in enumerate(self._allowed(tokens, constraint)):
+            if count == options.max_tokens:
+                return
+            if "[fail]" in user_text and count == 5:
+                raise RuntimeError("the script says so")
+            if self._token_s:
+                time.sleep(self._token_s)
+            self._accept(cache, token, stats)
+            if constraint is not None:
+                constraint.advance(token)
+            yield Decoded(token, self._row(), False)
+
+    def _allowed(self, tokens: Sequence[int], constraint: Any) -> Iterator[int]:
+        """The script's tokens as long as the constraint allows them, then a shortest way to the end."""
+        encode, eos = self._tokenizer.encode, self._tokenizer.eos_token_ids[-1]
+        queue = list(tokens)
+        has_answered = False
+        while True:
+            mask = constraint.mask() if constraint is not None else None
+            token = queue.pop(0) if queue else eos
+            if mask is not None and not mask[token]:
+                if not has_answered:
+                    has_answered, queue = True, [*encode('{"title": "Hello"}'), eos]
+                    token = queue.pop(0)
+                if not mask[token]:
+                    queue = []
+                    wished = [eos, *(encode(text)[0] for text in ('"', "}", "]", "\n", "<", ">", "a", "1"))]
+                    token = next((one for one in wished if mask[one]), int(mask.argmax()))
+            yield token
+
+    def _prefill(
+        self,
+        cache: ModelCache,
+        ids: Sequence[int],
+        options: DecodeOptions,
+        on_prefill: Callable[[int, int], None],
+        user_text: str,
+    ) -> None:
+        if match := re.search(r"\[slow ([\d.]+)\]", user_text):
+            end = time.monotonic() + float(match[1])
+            while time.monotonic() < end:
+                on_prefill(0, len(ids))
+                time.sleep(PREFILL_TICK_S)
+        start = cache.offset
+        cache.pending = []
+        at = 0
+        on_prefill(0, len(ids))
+        while at < len(ids):
+            stops = [stop - start for stop in options.prefill_boundaries if stop - start > at]
+            stop = min(len(ids), at + options.prefill_step_size, *stops)
+            _fill(cache, stop - at)
+            cache.tokens += ids[at:stop]
+            mx.eval(cache.state)
+            at = stop
+            on_prefill(at, len(ids))
+
+    def _accept(self, cache: ModelCache, token: int, stats: DecodeStats) -> None:
+        if cache.pending:
+            _fill(cache, len(cache.pending))
+            cache.tokens += cache.pending
+        cache.pending = [token]
+        stats.generated_tokens += 1
+        stats.forward_passes += 1
+        if stats.generated_tokens % EVAL_TOKENS == 0:
+            mx.eval(cache.state)
+
+    def _row(self) -> mx.array:
+        if self._logprobs is None:
+            self._logprobs = mx.log(mx.full((self._tokenizer.vocab_size,), 1 / self._tokenizer.vocab_size))
+        return self._logprobs
+
+
+def _fill(cache: ModelCache, num_tokens: int) -> None:
+    """Advance every layer by rows that say nothing."""
+    for layer in cache:
+        rows = mx.zeros((1, 1, num_tokens, 4))
+        layer.update(rows, rows)
+
+
+def scripted_runner(
+    tokenizer: Tokenizer, context_length: int, script: Script = obey, token_s: float = 0.0
+) -> Runner:
+    """A runner whose model is never asked; to be made on the engine's thread."""
+    raw = tiny_config(
+        num_attention_heads=1,
+        num_attention_groups=1,
+        head_dim=4,
+        max_seq_len=context_length,
+        max_position_embeddings=context_length,
+    )
+    raw["attention_other_setting"] |= {"num_attention_heads": 1, "num_attention_groups": 1, "head_dim": 4}
+    raw["attention_other_setting"]["true_head_dim"] = 4
+    model = Model(ModelConfig.from_hf(raw))
+    session = Session(model, PromptCacheStore(10**9))
+    return Runner(model, session, Settings(2048), ScriptedDecode(tokenizer, script, token_s))
