@@ -45,9 +45,11 @@ class Toolbox:
     def __init__(self, tools: Sequence[Mapping[str, Any]] | None) -> None:
         self._parameters: dict[str, Schema] = {}
         for tool in tools or ():
-            function = tool.get("function", tool)
-            parameters = function.get("parameters")
-            self._parameters[function["name"]] = parameters if isinstance(parameters, Mapping) else {}
+            function = tool.get("function") or tool
+            parameters = function.get("parameters", function.get("input_schema"))
+            # Tools without a name are those that a provider runs itself; the model cannot call them.
+            if isinstance(function.get("name"), str):
+                self._parameters[function["name"]] = parameters if isinstance(parameters, Mapping) else {}
 
     def __bool__(self) -> bool:
         return bool(self._parameters)

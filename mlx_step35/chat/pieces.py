@@ -5,7 +5,6 @@ Pieces that look like tags are taken out of the library's hands, so that they ma
 them to.
 """
 
-import codecs
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import sentencepiece
 
+from mlx_step35.chat.streams import ByteStream
 from mlx_step35.errors import CheckpointError
 
 # Serialised protobuf messages merge when they are joined: normalizer_spec { precompiled_charsmap: ""
@@ -75,34 +75,18 @@ class SentencePieceBackend:
         piece: str = self._model.id_to_piece(token_id)
         return piece
 
-    def detokenizer(self) -> "_PieceStream":
-        return _PieceStream(self)
+    def detokenizer(self) -> ByteStream:
+        return ByteStream(self._bytes)
 
     def _bytes(self, token: int) -> bytes:
         if token in self._names:
             return self._names[token].encode()
-        if token >= self._model.get_piece_size() or self._model.is_unknown(token):
+        if not 0 <= token < self._model.get_piece_size() or self._model.is_unknown(token):
             return b""
         piece: str = self._model.id_to_piece(token)
         if self._model.is_byte(token):
             return bytes([int(piece[3:-1], 16)])
         return piece.replace(_SPACE, " ").encode()
-
-
-class _PieceStream:
-    """Bytes go through an incremental decoder, which holds back unfinished characters."""
-
-    def __init__(self, backend: SentencePieceBackend) -> None:
-        self._backend = backend
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token: int) -> str:
-        if not 0 <= token < self._backend.size:
-            return ""
-        return self._decoder.decode(self._backend._bytes(token))
-
-    def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
 
 
 def _hide_tags(data: bytearray) -> list[str]:

@@ -12,24 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from mlx_step35.chat.pieces import SentencePieceBackend
 from mlx_step35.chat.reading import clean, configured_tokens, read_json
 from mlx_step35.chat.segments import Rendered
+from mlx_step35.chat.streams import ByteStream, LibraryStream, StreamDetokenizer, byte_alphabet
 from mlx_step35.errors import CheckpointError
 
-
-class StreamDetokenizer(Protocol):
-    """Turns tokens into text one by one, never emitting half a character."""
-
-    def add(self, token: int) -> str:
-        """Text that became certain with this token, often none."""
-        ...
-
-    def finish(self) -> str:
-        """What was held back: at an end in mid-character, one replacement character."""
-        ...
+_ALPHABET = byte_alphabet()
 
 
 class Backend(Protocol):
@@ -142,6 +132,7 @@ class _TokenizersBackend:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self._add_tokens(added)
+        self._is_byte_level = self._definition.get("decoder", {}).get("type") == "ByteLevel"
         self.size: int = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
@@ -176,7 +167,15 @@ class _TokenizersBackend:
         return token
 
     def detokenizer(self) -> StreamDetokenizer:
-        return _TokenizersStream(self.tokenizer, self.size)
+        return ByteStream(self._bytes) if self._is_byte_level else LibraryStream(self.tokenizer, self.size)
+
+    def _bytes(self, token: int) -> bytes:
+        """The bytes of one token, as the byte-level decoder sees it; ids without a token are nothing."""
+        text = self.token(token) if token >= 0 else None
+        if text is None:
+            return b""
+        codes = [_ALPHABET.get(character) for character in text]
+        return text.encode() if None in codes else bytes(code for code in codes if code is not None)
 
     def _add_tokens(self, added: Mapping[int, Mapping[str, Any]]) -> None:
         """Tokens that only tokenizer_config.json lists, added as transformers does."""
@@ -207,33 +206,6 @@ class _TokenizersBackend:
         definition["model"] = model
         definition["post_processor"] = None
         return tokenizers.Tokenizer.from_str(json.dumps(definition, ensure_ascii=False))
-
-
-class _TokenizersStream:
-    """Incremental decoding with the library's own stream."""
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer, size: int) -> None:
-        self._tokenizer = tokenizer
-        self._size = size
-        self._stream = DecodeStream(skip_special_tokens=False)
-        # The library has no flush: what it holds back is kept here too.
-        self._held: list[int] = []
-
-    def add(self, token: int) -> str:
-        if not 0 <= token < self._size:
-            return ""
-        text: str | None = self._stream.step(self._tokenizer, token)
-        if text is None:
-            self._held.append(token)
-            return ""
-        self._held = []
-        return text
-
-    def finish(self) -> str:
-        held, self._held = self._held, []
-        self._stream = DecodeStream(skip_special_tokens=False)
-        text: str = self._tokenizer.decode(held, skip_special_tokens=False)
-        return text
 
 
 def _special_id(backend: Backend, token: Any) -> int | None:

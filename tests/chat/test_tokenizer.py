@@ -8,6 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_step35.chat.streams import LibraryStream
 from mlx_step35.chat.tokenizer import Tokenizer
 from mlx_step35.errors import CheckpointError
 from tests.chat.conftest import BOS, CORPUS, PLAIN, SPECIAL, write_tokenizer
@@ -172,3 +173,26 @@ def test_a_broken_sentencepiece_model(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.model is no sentencepiece model"):
         Tokenizer.from_directory(tmp_path)
+
+
+def test_a_run_of_invalid_bytes_costs_no_more_than_text(tokenizer: Tokenizer) -> None:
+    detokenizer = tokenizer.detokenizer()
+    invalid = byte_id(tokenizer, 0x80)
+    text = "".join(detokenizer.add(invalid) for _ in range(50_000)) + detokenizer.finish()
+    assert text == "\ufffd" * 50_000
+
+
+def test_another_decoder_streams_through_the_library(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    definition["decoder"] = {"type": "Sequence", "decoders": [definition["decoder"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert isinstance(tokenizer.detokenizer(), LibraryStream)
+    for text in TEXTS:
+        assert stream(tokenizer, tokenizer.encode(text)) == text
+    detokenizer = tokenizer.detokenizer()
+    assert "".join(detokenizer.add(byte_id(tokenizer, 0x80)) for _ in range(2000)) + detokenizer.finish() == (
+        "\ufffd" * 2000
+    )
+    assert detokenizer.add(tokenizer.vocab_size) == ""
