@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import inf, pow
 from operator import mul
 from statistics import median
 from typing import Literal
@@ -24,17 +25,24 @@ MAX_MTP_DEPTH = 3
 # A verify of 4, 8 or 16 tokens: widths between them would each need their own measurements.
 LOOKUP_LENGTHS = (3, 7, 15)
 MAX_LOOKUP_LENGTH = LOOKUP_LENGTHS[-1]
-# Matches shorter than this are counted apart: they are chance far more often.
-LONG_MATCH = 8
 
-DECAY = 0.96
-# What is assumed before anything was seen, and how many observations that assumption is worth.
+# Acceptance assumed before anything was seen, and how many observations that assumption is worth. For lookup
+# it depends on how many tokens matched: (at least this many, acceptance).
 PRIOR_MTP = (0.8, 0.7, 0.6)
-PRIOR_LOOKUP = {"short": 0.5, "long": 0.85}
+PRIOR_LOOKUP = ((3, 0.3), (5, 0.5), (8, 0.75), (16, 0.92))
 PRIOR_WEIGHT = 1.0
+# What an observation weighs after the next one of its kind, and after the next round of any kind: lookup is
+# not tried while it looks bad, so what is known about it must fade.
+DECAY = 0.95
+FADING = 0.995
 
 # Round times kept per kind; their median ignores a stray pause.
 NUM_TIMES = 7
+# The first round of a kind may compile kernels: it is not believed beyond this multiple of what is expected.
+FIRST_ROUND_LIMIT = 1.5
+# Every comparison needs the time of a plain step, so it is measured first.
+PLAIN_ROUNDS = 2
+
 # Share of all decode time that trying apparently worse kinds may cost.
 PROBE_SHARE = 0.01
 # Rounds between two probes at first; the distance doubles while probes change nothing.
@@ -103,39 +111,28 @@ class Offer:
         return self.rows_behind(plan.depth) if plan.source == "mtp" and self.rows_behind else 0
 
 
-@dataclass(slots=True)
 class _Rate:
-    """A decayed share of successes that starts at a prior."""
+    """A decayed share of successes that starts at a prior, and returns to it if it fades."""
 
-    prior: float
-    trials: float = 0.0
-    successes: float = 0.0
+    def __init__(self, prior: float, fading: float = 1.0) -> None:
+        self._prior = prior
+        self._fading = fading
+        self._trials = 0.0
+        self._successes = 0.0
+        self._round = 0
 
-    @property
-    def value(self) -> float:
-        return (self.prior * PRIOR_WEIGHT + self.successes) / (PRIOR_WEIGHT + self.trials)
+    def value(self, now: int) -> float:
+        """The share as believed in round `now`."""
+        weight = pow(self._fading, now - self._round)
+        return (self._prior * PRIOR_WEIGHT + self._successes * weight) / (
+            PRIOR_WEIGHT + self._trials * weight
+        )
 
-    def observe(self, success: bool) -> None:
-        self.trials = self.trials * DECAY + 1
-        self.successes = self.successes * DECAY + success
-
-
-class _Times:
-    """Round times of one kind in seconds per byte read, so that they carry over to other context lengths."""
-
-    def __init__(self) -> None:
-        self._samples: deque[float] = deque(maxlen=NUM_TIMES)
-        self._is_warm = False
-
-    def observe(self, seconds_per_byte: float) -> None:
-        # The first round of a kind may compile kernels; it says nothing about the second.
-        if self._is_warm:
-            self._samples.append(seconds_per_byte)
-        self._is_warm = True
-
-    @property
-    def value(self) -> float | None:
-        return median(self._samples) if self._samples else None
+    def observe(self, success: bool, now: int) -> None:
+        weight = DECAY * pow(self._fading, now - self._round)
+        self._trials = self._trials * weight + 1
+        self._successes = self._successes * weight + success
+        self._round = now
 
 
 class DepthController:
@@ -144,8 +141,9 @@ class DepthController:
     def __init__(self, round_bytes: RoundCost) -> None:
         self._round_bytes = round_bytes
         self._mtp = [_Rate(prior) for prior in PRIOR_MTP]
-        self._lookup = {name: _Rate(prior) for name, prior in PRIOR_LOOKUP.items()}
-        self._times: dict[Plan, _Times] = {}
+        self._lookup = [_Rate(prior, FADING) for _, prior in PRIOR_LOOKUP]
+        # Seconds per byte read, so that they carry over to other context lengths.
+        self._times: dict[Plan, deque[float]] = {}
         self._catch_up_s = 0.0
         self._elapsed_s = 0.0
         self._probe_debt_s = 0.0
@@ -157,24 +155,30 @@ class DepthController:
 
     def expected_tokens(self, plan: Plan, match_length: int = 0) -> float:
         """Tokens one round yields on average: the one of the verify, and every draft accepted before it."""
-        rates = self._rates(plan, match_length)
-        chain: list[float] = list(accumulate((rate.value for rate in rates), mul))
-        return 1 + sum(chain)
+        rates = [rate.value(self._round) for rate in self._rates(plan, match_length)]
+        return 1 + sum(accumulate(rates, mul))
 
     def round_s(self, plan: Plan, context: int) -> float:
         """Seconds of a round: measured, or by bytes from the plan of the nearest depth that was measured."""
         nbytes = self._round_bytes(plan, context)
-        measured = {p: times.value for p, times in self._times.items() if times.value is not None}
-        if not measured:
-            return nbytes
-        nearest = min(measured, key=lambda p: (p != plan, abs(p.depth - plan.depth), p.depth))
-        return measured[nearest] * nbytes
+        own = self._times.get(plan, deque[float]())
+        if len(own) > 1:
+            return float(median(own)) * nbytes
+        known = {p: times for p, times in self._times.items() if len(times) > 1}
+        first_s: float = own[0] * nbytes if own else inf
+        if not known:
+            return first_s if own else nbytes
+        nearest = min(known, key=lambda p: (abs(p.depth - plan.depth), p.depth))
+        estimate = float(median(known[nearest])) * nbytes
+        return min(first_s, FIRST_ROUND_LIMIT * estimate) if own else estimate
 
     def choose(self, context: int, offer: Offer) -> Plan:
         """The plan for the next round."""
         plans = _mtp_plans(offer) + _lookup_plans(offer)
         if len(plans) == 1:
             return plans[0]
+        if PLAIN in plans and len(self._times.get(PLAIN, ())) < PLAIN_ROUNDS:
+            return PLAIN
         best = max(plans, key=lambda plan: self._speed(plan, context, offer))
         if best.source == "lookup":
             return best
@@ -195,26 +199,30 @@ class DepthController:
         caught_up: int = 0,
     ) -> None:
         """Learn from a finished round; `caught_up` MTP rows were run beyond those of the round itself."""
+        self._round += 1
+        self._last_rounds[plan] = self._round
+        self._elapsed_s += seconds
         rates = self._rates(plan, match_length)
         for index in range(min(num_accepted + 1, plan.depth)):
-            rates[index].observe(index < num_accepted)
-        self._elapsed_s += seconds
+            rates[index].observe(index < num_accepted, self._round)
+        if caught_up:
+            self._catch_up_s = max(seconds - self.round_s(plan, context), 0.0) / caught_up
+        else:
+            times = self._times.setdefault(plan, deque(maxlen=NUM_TIMES))
+            times.append(seconds / self._round_bytes(plan, context))
+            if len(times) == 2 and times[0] > FIRST_ROUND_LIMIT * times[1]:
+                times.popleft()
         if self._probe and self._probe[0] == plan:
             lost_s = seconds - (num_accepted + 1) / self._speed(self._best, context, Offer(()))
             self._probe_debt_s += max(lost_s, 0.0)
             left = self._probe[1] - 1
             self._probe = (plan, left) if left else None
-        if caught_up:
-            self._catch_up_s = max(seconds - self.round_s(plan, context), 0.0) / caught_up
-        else:
-            self._times.setdefault(plan, _Times()).observe(seconds / self._round_bytes(plan, context))
-        self._round += 1
-        self._last_rounds[plan] = self._round
 
     def _rates(self, plan: Plan, match_length: int) -> list[_Rate]:
         """Acceptance of each draft of a plan, given that those before it were accepted."""
         if plan.source == "lookup":
-            return [self._lookup[_bucket(match_length)]] * plan.depth
+            bucket = sum(match_length >= least for least, _ in PRIOR_LOOKUP) - 1
+            return [self._lookup[max(bucket, 0)]] * plan.depth
         return self._mtp[: plan.depth]
 
     def _speed(self, plan: Plan, context: int, offer: Offer) -> float:
@@ -224,8 +232,7 @@ class DepthController:
 
     def _next_probe(self, context: int, offer: Offer) -> tuple[Plan, int] | None:
         """The most promising plan not tried for long, if the budget covers that every draft is wrong."""
-        best = self._times.get(self._best)
-        if best is None or best.value is None:
+        if len(self._times.get(self._best, ())) < 2:
             return None
         due = self._round - self._probe_interval
         stale = [p for p in _mtp_plans(offer) if p != self._best and self._last_rounds.get(p, 0) <= due]
@@ -246,7 +253,3 @@ def _mtp_plans(offer: Offer) -> list[Plan]:
 def _lookup_plans(offer: Offer) -> list[Plan]:
     lengths = {min(length, offer.lookup_tokens) for length in LOOKUP_LENGTHS} - {0}
     return [Plan("lookup", length) for length in sorted(lengths)]
-
-
-def _bucket(match_length: int) -> str:
-    return "long" if match_length >= LONG_MATCH else "short"

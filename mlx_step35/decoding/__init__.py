@@ -47,6 +47,6 @@ def decode(
     decoder = Decoder(model, cache, sampling, options, constraint, stats or DecodeStats())
     decoder.use_drafts(drafter, controller)
     try:
-        yield from decoder.run([*cache.pending, *prompt], on_prefill or (lambda done, total: None))
+        yield from decoder.run(prompt, on_prefill or (lambda done, total: None))
     finally:
         decoder.finish()

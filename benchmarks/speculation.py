@@ -1,0 +1,258 @@
+"""Speculative decoding beside mlx-lm's plain loop on the same weights, and where the time of a round goes.
+
+    python benchmarks/speculation.py --model nano --out speculation.json
+
+Both run in one process on one float32 copy of the weights and take turns prompt by prompt, so that whatever
+else the machine does hits both. Prompts are held-out dialogues, cut before an answer, and held-out source
+files of the standard library, cut at a random line. Ratios are ours over mlx-lm's for the same prompt;
+forward passes count from the second token, because the first comes with the prompt.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import random
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.generate import generate_step
+from mlx_lm.models import step3p5
+from mlx_lm.sample_utils import make_sampler
+
+from mlx_step35.chat.template import ChatTemplate
+from mlx_step35.chat.tokenizer import Tokenizer
+from mlx_step35.checkpoint import load_checkpoint, resolve_model
+from mlx_step35.decoding import DecodeOptions, DecodeStats, decode, prepare
+from mlx_step35.model import Model
+from mlx_step35.sampling import Proposal, SamplingParams
+
+# Folders of the standard library that are neither training nor held-out data of step35-nano.
+NOT_TRAINED_ON = frozenset(
+    ("site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "ensurepip", "turtledemo")
+)
+DIALOGUES = Path(__file__).parent.parent / "tests" / "data" / "heldout_dialogues.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One configuration of ours to compare."""
+
+    name: str
+    options: dict[str, Any]
+    is_wrong: bool = False
+
+
+CASES = [
+    Case("off", {"mtp": "off", "lookup": False}),
+    Case("depth 1", {"mtp": 1, "lookup": False}),
+    Case("depth 2", {"mtp": 2, "lookup": False}),
+    Case("depth 3", {"mtp": 3, "lookup": False}),
+    Case("auto", {"mtp": "auto", "lookup": False}),
+    Case("auto, lookup", {"mtp": "auto", "lookup": True}),
+    Case("auto, always wrong", {"mtp": "auto", "lookup": False}, is_wrong=True),
+]
+
+
+@dataclass(slots=True)
+class Result:
+    """Runs of one case on one kind of prompt at one temperature."""
+
+    ratios: list[float] = field(default_factory=list)
+    passes: int = 0
+    tokens: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    mismatches: int = 0
+
+    def add(self, ratio: float, stats: DecodeStats, is_equal: bool) -> None:
+        self.ratios.append(ratio)
+        # The first token belongs to the prompt.
+        self.passes += stats.forward_passes - 1
+        self.tokens += stats.generated_tokens - 1
+        self.mismatches += not is_equal
+        for total, part in ((self.drafted, "drafted"), (self.accepted, "accepted")):
+            row = getattr(stats, part).get("mtp", [])
+            total.extend([0] * (len(row) - len(total)))
+            for index, value in enumerate(row):
+                total[index] += value
+
+    def summary(self) -> dict[str, Any]:
+        quartiles = statistics.quantiles(self.ratios, n=4) if len(self.ratios) > 1 else self.ratios * 3
+        # Given that the drafts before were accepted.
+        reached = [sum(self.drafted[:1]), *self.accepted[:-1]]
+        return {
+            "speed_ratio": round(statistics.median(self.ratios), 3),
+            "quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
+            "passes_per_token": round(self.passes / max(self.tokens, 1), 3),
+            "acceptance": [
+                round(accepted / max(count, 1), 3)
+                for accepted, count in zip(self.accepted, reached, strict=False)
+            ],
+            "different_outputs": self.mismatches,
+        }
+
+
+class WrongDrafter:
+    """The real heads, run in full, with every draft moved to another token than the best."""
+
+    def __init__(self, state: Any, vocab_size: int) -> None:
+        self._state = state
+        self._vocab_size = vocab_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def propose(self, depth: int, tokens: Sequence[int], choose: Callable[..., Any]) -> Proposal:
+        # An unused id of the vocabulary is never the model's choice.
+        proposal = self._state.propose(depth, tokens, choose)
+        return Proposal(mx.full(proposal.tokens.shape, self._vocab_size - 1, mx.uint32), None)
+
+
+def main() -> None:
+    args = _arguments()
+    path = resolve_model(args.model)
+    model = load_checkpoint(path, "float32")
+    prepare(model)
+    reference = oracle(model)
+    tokenizer = Tokenizer.from_directory(path)
+    rng = random.Random(args.seed)
+    prompts = {
+        "dialogues": list(dialogues(path, tokenizer, args.prompts, rng)),
+        "source": list(sources(tokenizer, args.prompts, rng, args.prompt_tokens)),
+    }
+    cases = [case for case in CASES if not args.cases or case.name in args.cases]
+    report: dict[str, Any] = {
+        "machine": f"{platform.machine()} {platform.system()}, {mx.default_device()}",
+        "mlx": mx.__version__,
+        "mlx_lm": mlx_lm.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(sys.argv),
+        "results": {},
+    }
+    for temperature in args.temperatures:
+        for kind, ids in prompts.items():
+            for case, result in compare(model, reference, ids, cases, temperature, args.tokens).items():
+                report["results"][f"{kind}, temperature {temperature:g}, {case}"] = result.summary()
+                print(f"{kind:10} T={temperature:<4g} {case:20} {json.dumps(result.summary())}", flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def compare(
+    model: Model,
+    reference: Any,
+    prompts: Sequence[list[int]],
+    cases: Sequence[Case],
+    temperature: float,
+    num_tokens: int,
+) -> dict[str, Result]:
+    """Every case on every prompt, each beside a run of mlx-lm just before and just after it."""
+    results = {case.name: Result() for case in cases}
+    for number, prompt in enumerate(prompts):
+        for case in cases:
+            before, expected = theirs(reference, prompt, num_tokens, temperature)
+            stats, ours_tps, tokens = ours(model, case, prompt, num_tokens, temperature, number)
+            after, _ = theirs(reference, prompt, num_tokens, temperature)
+            is_equal = temperature > 0 or tokens == expected
+            results[case.name].add(2 * ours_tps / (before + after), stats, is_equal)
+    return results
+
+
+def ours(
+    model: Model, case: Case, prompt: list[int], num_tokens: int, temperature: float, number: int
+) -> tuple[DecodeStats, float, list[int]]:
+    """Statistics, tokens per second after the first token, and the tokens."""
+    mx.random.seed(number)
+    stats, cache = DecodeStats(), model.make_cache()
+    drafter = None
+    if case.is_wrong:
+        from mlx_step35.mtp_state import DraftState
+
+        drafter = WrongDrafter(DraftState(model.mtp, model.embed), model.config.vocab_size)
+    options = DecodeOptions(num_tokens, **case.options)
+    stream = decode(model, prompt, cache, SamplingParams(temperature), options, stats=stats, drafter=drafter)
+    tokens = [next(stream).token]
+    start = time.perf_counter()
+    tokens += [decoded.token for decoded in stream]
+    return stats, (len(tokens) - 1) / (time.perf_counter() - start), tokens
+
+
+def theirs(reference: Any, prompt: list[int], num_tokens: int, temperature: float) -> tuple[float, list[int]]:
+    """mlx-lm's tokens per second after the first token, and its tokens."""
+    stream = generate_step(
+        mx.array(prompt), reference, max_tokens=num_tokens, sampler=make_sampler(temperature)
+    )
+    tokens = [int(next(stream)[0])]
+    start = time.perf_counter()
+    tokens += [int(token) for token, _ in stream]
+    return (len(tokens) - 1) / (time.perf_counter() - start), tokens
+
+
+def oracle(model: Model) -> Any:
+    """mlx-lm's model holding the very same arrays; only for unquantised checkpoints."""
+    reference = step3p5.Model(step3p5.ModelArgs.from_dict(dict(model.config.raw)))
+    arrays = [(name, array) for name, array in _flat(model.parameters()) if not name.startswith("mtp.")]
+    reference.load_weights(arrays, strict=True)
+    return reference
+
+
+def dialogues(path: Path, tokenizer: Tokenizer, count: int, rng: random.Random) -> Iterator[list[int]]:
+    """Held-out conversations up to one of their answers."""
+    template = ChatTemplate.from_directory(path)
+    rows = [json.loads(line) for line in DIALOGUES.read_text().splitlines()]
+    for row in rng.sample(rows, min(count, len(rows))):
+        answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        yield tokenizer.encode_rendered(template.render(row["messages"][: rng.choice(answers)], row["tools"]))
+
+
+def sources(tokenizer: Tokenizer, count: int, rng: random.Random, max_tokens: int) -> Iterator[list[int]]:
+    """Files of the standard library that step35-nano was not trained on, up to a random line."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [
+        file
+        for file in sorted(library.rglob("*.py"))
+        if not NOT_TRAINED_ON & set(file.relative_to(library).parts)
+        and _is_heldout(file.relative_to(library))
+        and file.stat().st_size > 4000
+    ]
+    for file in rng.sample(files, min(count, len(files))):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        ids = tokenizer.encode("".join(lines[: rng.randint(len(lines) // 4, len(lines))]))
+        yield ids[-max_tokens:]
+
+
+def _is_heldout(file: Path) -> bool:
+    """The split of tools/nano/data.py."""
+    return hashlib.sha256(str(file).encode()).digest()[0] < 10
+
+
+def _flat(tree: Any) -> list[tuple[str, mx.array]]:
+    from mlx.utils import tree_flatten
+
+    return list(tree_flatten(tree))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare speculative decoding with mlx-lm's plain loop.")
+    parser.add_argument("--model", default="nano", help="unquantised checkpoint directory (default: nano)")
+    parser.add_argument("--prompts", type=int, default=12, help="prompts of each kind")
+    parser.add_argument("--prompt-tokens", type=int, default=400, help="longest source prompt")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to generate")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--cases", nargs="+", help=f"only these of: {', '.join(c.name for c in CASES)}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
