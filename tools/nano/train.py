@@ -15,33 +15,55 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.nano import data
+from tools.nano.guide import guide_loss, watch
 from tools.nano.model import Nano, NanoConfig, losses
 from tools.nano.muon import Muon
 
 LENGTH, BATCH = 512, 8
-PAD = 2
+PAD, IM_START, IM_END = 2, 3, 4
+ASSISTANT = Tokenizer.from_file(str(data.NANO / "tokenizer.json")).token_to_id("assistant")
+PROMPT_WEIGHT = 0.1
 MTP_WEIGHT = 0.3
-MUON_LR, ADAM_LR = 0.02, 3e-3
+GUIDE_WEIGHT = 0.3
+MUON_LR, ADAM_LR = 0.01, 2e-3
 WARMUP_STEPS = 50
 BALANCE_RATE = 2e-3
 CHECKPOINT_SECONDS = 300
 EVALUATE_STEPS = 100
 
 
+def token_weights(ids: list[int]) -> list[float]:
+    """1 for what the model has to say itself; little for a prompt, most of which nobody could predict."""
+    if IM_START not in ids:
+        return [1.0] * len(ids)
+    weights, is_answer = [], False
+    for position, token in enumerate(ids):
+        weights.append(1.0 if is_answer else PROMPT_WEIGHT)
+        if token == IM_START:
+            is_answer = ids[position + 1 : position + 2] == [ASSISTANT]
+        elif token == IM_END:
+            is_answer = False
+    return weights
+
+
 def packed(documents: Iterator[list[int]]) -> Iterator[tuple[list[int], list[float]]]:
     """Rows of LENGTH ids. A document that does not fit the row goes to the next one; long ones are cut up."""
     row: list[int] = []
+    weights: list[float] = []
     for ids in documents:
-        if row and len(row) + min(len(ids), LENGTH) > LENGTH and len(row) > LENGTH * 0.6:
-            yield row + [PAD] * (LENGTH - len(row)), [1.0] * len(row) + [0.0] * (LENGTH - len(row))
-            row = []
-        row = row + ids
+        if len(row) > LENGTH * 0.6 and len(row) + min(len(ids), LENGTH) > LENGTH:
+            padding = LENGTH - len(row)
+            yield row + [PAD] * padding, weights + [0.0] * padding
+            row, weights = [], []
+        row, weights = row + ids, weights + token_weights(ids)
         while len(row) >= LENGTH:
-            yield row[:LENGTH], [1.0] * LENGTH
-            row = row[LENGTH:] if len(ids) > LENGTH else []
+            yield row[:LENGTH], weights[:LENGTH]
+            keeps = len(ids) > LENGTH
+            row, weights = (row[LENGTH:], weights[LENGTH:]) if keeps else ([], [])
 
 
 def batches(rows: Iterator[tuple[list[int], list[float]]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,6 +110,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     model = Nano(NanoConfig())
+    watch(model)
     elsewhere = ("embed", "lm_head", "shared_head", "moe.gate.", "g_proj")
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if p.ndim >= 2 and not any(part in n for part in elsewhere)]
@@ -125,8 +148,10 @@ def main() -> None:
                 group["lr"] = lr * scale
         # bf16 products are a fifth faster on a CPU that has them; weights and norms stay float32.
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            parts = losses(model, *next(stream))
-        (parts[0] + MTP_WEIGHT * sum(parts[1:])).backward()
+            ids, weights = next(stream)
+            parts = losses(model, ids, weights)
+        guide = guide_loss(model, ids)
+        (parts[0] + MTP_WEIGHT * sum(parts[1:]) + GUIDE_WEIGHT * guide).backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -138,7 +163,7 @@ def main() -> None:
             print(
                 f"{time.strftime('%H:%M')} {step}/{total} "
                 + " ".join(f"{x.item():.3f}" for x in parts)
-                + f" {speed:.0f} tok/s",
+                + f" guide {guide.item():.3f} {speed:.0f} tok/s",
                 flush=True,
             )
         if step % EVALUATE_STEPS == 0 or step == total:
