@@ -113,7 +113,8 @@ README = """# Golden vectors
 Made by `make golden` from the bundled checkpoint in float32; never edited by hand. Both files hold the `ids`
 of one held-out text of 300 tokens and the `rows` at which values are kept.
 
-- `backbone.npz`: `logits` (rows, vocabulary) by `Step3p7TextModel` of transformers {transformers}, torch {torch}.
+- `backbone.npz`: `logits` (rows, vocabulary) by `Step3p7TextModel` of transformers {transformers}, torch
+  {torch}.
 - `mtp.npz`, by `tools/nano/model.py`, torch {torch}: for depth k `hidden_k` (rows, 128), before the head's
   norm, and `logits_k`. Row i was computed from the true tokens up to i+1+k and predicts token i+2+k.
 

@@ -1,55 +1,77 @@
 """Guided heads: a training-only loss that shows a few heads where to look.
 
-Copying needs a chain of two heads: one looks at the token before, a later one finds where the current tokens
-stood earlier and looks at what followed. The language loss alone finds that chain only after far more tokens
-than this model is trained on, so head 0 of a few layers is told, by the share of its attention on the right keys.
+Copying needs a chain: one head looks at the token before, a later one finds where the current tokens stood
+earlier, the last one where the text to come can be copied from. The language loss alone finds that chain only
+after far more tokens than this model is trained on, so head 0 of a few layers is told, by the share of its
+attention that falls on the right keys.
 """
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from tools.nano.data import NANO
 from tools.nano.model import Nano
 
-PREVIOUS_LAYERS = (1, 2)  # sliding
-INDUCTION_LAYERS = (4, 8)  # full
-PAD = 2
+PREVIOUS_LAYERS = (1, 2)  # sliding: the token before
+MATCH_LAYER, SOURCE_LAYER = 4, 8  # full: what followed the same tokens earlier; where the next tokens stand
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2
+PAD = 2
 
 
 def watch(model: Nano) -> None:
     """Make the guided layers keep the scores of their head 0."""
-    for index in PREVIOUS_LAYERS + INDUCTION_LAYERS:
+    for index in (*PREVIOUS_LAYERS, MATCH_LAYER, SOURCE_LAYER):
         model.model["layers"][index].self_attn.is_watched = True
 
 
-def continuations(ids: Tensor) -> Tensor:
-    """(B, L, L): key j of query i is where the longest earlier repetition of the tokens up to i goes on."""
-    earlier = F.pad(ids[:, :-1], (1, 0), value=-1)
-    same = (ids[:, :, None] == earlier[:, None, :]).tril()
-    run = same
-    length = same.to(torch.uint8)
+def without_space() -> Tensor:
+    """For each id the id of the same text without a leading space: a value loses it when copied to a new line."""
+    tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))
+    vocabulary = tokenizer.get_vocab()
+    ids = torch.arange(len(vocabulary))
+    for token, number in vocabulary.items():
+        if token.startswith("Ġ"):  # how byte-level BPE writes a space
+            ids[number] = vocabulary.get(token[1:], number)
+    return ids
+
+
+def matches(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L, L) each: keys after the longest repetition of what ends at i; keys where what follows i begins."""
+    ahead = F.pad(ids[:, 1:], (0, 1), value=-1)
+    behind = F.pad(ids[:, :-1], (1, 0), value=-2)
+    same_past = (ids[:, :, None] == behind[:, None]).tril()
+    same_future = (ahead[:, :, None] == ids[:, None]).tril()
+    run_past, run_future = same_past, same_future
+    past, future = same_past.to(torch.uint8), same_future.to(torch.uint8)
     for _ in range(LONGEST_MATCH - 1):
-        run = same & F.pad(run[:, :-1, :-1], (1, 0, 1, 0))
-        length += run
+        run_past = same_past & F.pad(run_past[:, :-1, :-1], (1, 0, 1, 0))
+        run_future = same_future & F.pad(run_future[:, 1:, 1:], (0, 1, 0, 1))
+        past += run_past
+        future += run_future
+    is_text = (ids != PAD)[:, :, None]
+    return _longest(past) & is_text, _longest(future) & is_text
+
+
+def _longest(length: Tensor) -> Tensor:
     best = length.amax(-1, keepdim=True)
-    return (length == best) & (best >= SHORTEST_MATCH) & (ids != PAD)[:, :, None]
+    return (length == best) & (best >= SHORTEST_MATCH)
 
 
-def guide_loss(model: Nano, ids: Tensor) -> Tensor:
-    """Mean of -log(attention on the right keys) over guided layers; `watch` and a forward pass come first."""
+def guide_losses(model: Nano, ids: Tensor, plain: Tensor) -> list[Tensor]:
+    """Mean of -log(attention on the right keys) per guided layer, after `watch` and a forward pass."""
     length = ids.shape[1]
     distance = torch.arange(length)[:, None] - torch.arange(length)[None]
-    right = continuations(ids)
-    total = torch.zeros(())
-    for index in PREVIOUS_LAYERS + INDUCTION_LAYERS:
-        scores = model.model["layers"][index].self_attn.scores.float()
-        if index in PREVIOUS_LAYERS:
-            visible, wanted = (distance >= 0) & (distance < model.config.window), (distance == 1)[None]
-        else:
-            visible, wanted = distance >= 0, right
-        scores = scores.masked_fill(~visible, -torch.inf)
-        rows = wanted.any(-1).expand(scores.shape[:2])
-        on_right = scores.masked_fill(~wanted, -torch.inf)[rows].logsumexp(-1)
-        total = total + (scores[rows].logsumexp(-1) - on_right).mean()
-    return total / len(PREVIOUS_LAYERS + INDUCTION_LAYERS)
+    follows, begins = matches(plain[ids])
+    previous = (distance == 1)[None].expand_as(follows)
+    targets = {**dict.fromkeys(PREVIOUS_LAYERS, previous), MATCH_LAYER: follows, SOURCE_LAYER: begins}
+    result = []
+    for index, wanted in targets.items():
+        attention = model.model["layers"][index].self_attn
+        visible = (distance >= 0) & (distance < (attention.window or length))
+        scores = attention.scores.float().masked_fill(~visible, -torch.inf)
+        rows = wanted.any(-1)
+        right = scores.masked_fill(~wanted, -torch.inf)[rows].logsumexp(-1)
+        result.append((scores[rows].logsumexp(-1) - right).mean())
+    return result

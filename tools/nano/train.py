@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.nano import data
-from tools.nano.guide import guide_loss, watch
+from tools.nano.guide import guide_losses, watch, without_space
 from tools.nano.model import Nano, NanoConfig, losses
 from tools.nano.muon import Muon
 
@@ -28,7 +28,7 @@ PAD, IM_START, IM_END = 2, 3, 4
 ASSISTANT = Tokenizer.from_file(str(data.NANO / "tokenizer.json")).token_to_id("assistant")
 PROMPT_WEIGHT = 0.1
 MTP_WEIGHT = 0.3
-GUIDE_WEIGHT = 0.3
+GUIDE_WEIGHT = 0.08  # for each guided layer
 MUON_LR, ADAM_LR = 0.01, 2e-3
 WARMUP_STEPS = 50
 BALANCE_RATE = 2e-3
@@ -111,6 +111,7 @@ def main() -> None:
 
     model = Nano(NanoConfig())
     watch(model)
+    plain = without_space()
     elsewhere = ("embed", "lm_head", "shared_head", "moe.gate.", "g_proj")
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if p.ndim >= 2 and not any(part in n for part in elsewhere)]
@@ -150,8 +151,8 @@ def main() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ids, weights = next(stream)
             parts = losses(model, ids, weights)
-        guide = guide_loss(model, ids)
-        (parts[0] + MTP_WEIGHT * sum(parts[1:]) + GUIDE_WEIGHT * guide).backward()
+        guides = guide_losses(model, ids, plain)
+        (parts[0] + MTP_WEIGHT * sum(parts[1:]) + GUIDE_WEIGHT * sum(guides)).backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -163,7 +164,9 @@ def main() -> None:
             print(
                 f"{time.strftime('%H:%M')} {step}/{total} "
                 + " ".join(f"{x.item():.3f}" for x in parts)
-                + f" guide {guide.item():.3f} {speed:.0f} tok/s",
+                + " guides "
+                + " ".join(f"{x.item():.2f}" for x in guides)
+                + f" {speed:.0f} tok/s",
                 flush=True,
             )
         if step % EVALUATE_STEPS == 0 or step == total:
