@@ -108,7 +108,7 @@ class Model(nn.Module):
         return ModelCache(self.config.layers, slack)
 
     def compile_steps(self) -> None:
-        """Run calls of few tokens compiled from now on, those of the MTP layers too.
+        """Run calls of few tokens compiled from now on, those of the MTP layers too; a gain on the CPU.
 
         For weights that have been evaluated; lazy ones would be read from disk in every call.
         """

@@ -70,7 +70,7 @@ class MTP(nn.Module):
         super().__init__()
         self.config = config
         self.layers = [MTPLayer(config, layer) for layer in config.mtp_layers]
-        self._compiled_steps: list[CompiledStep] = []
+        self._compiled_steps: tuple[CompiledStep, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -102,10 +102,10 @@ class MTP(nn.Module):
 
     def compile_steps(self) -> None:
         """Run `step` compiled for few rows from now on; see Model.compile_steps."""
-        self._compiled_steps = [
+        self._compiled_steps = tuple(
             CompiledStep(_forward(layer), [config.window])
             for layer, config in zip(self.layers, self.config.mtp_layers, strict=True)
-        ]
+        )
 
 
 def _forward(layer: MTPLayer) -> Callable[..., mx.array]:

@@ -106,3 +106,8 @@ def test_steps_copy_nothing() -> None:
         mx.eval(step([row], [cache]), cache.state)
     assert mx.get_peak_memory() - before < cache.nbytes // 8
     assert cache.offset == 60_011
+
+
+def test_a_compiled_model_is_still_a_module_tree(compiled: Model) -> None:
+    assert compiled.mtp.layers[0] in compiled.modules()
+    assert len(compiled.parameters()["mtp"]["layers"]) == 3
