@@ -27,7 +27,7 @@ def watch(model: Nano) -> None:
 
 
 def without_space() -> Tensor:
-    """For each id the id of the same text without a leading space: a value loses it when copied to a new line."""
+    """For each id the id of its text without a leading space, which a value loses on a line of its own."""
     tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))
     vocabulary = tokenizer.get_vocab()
     ids = torch.arange(len(vocabulary))
@@ -38,7 +38,7 @@ def without_space() -> Tensor:
 
 
 def matches(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L, L) each: keys after the longest repetition of what ends at i; keys where what follows i begins."""
+    """(B, L, L) each: keys after the longest repetition of what ends at i; keys where what follows begins."""
     ahead = F.pad(ids[:, 1:], (0, 1), value=-1)
     behind = F.pad(ids[:, :-1], (1, 0), value=-2)
     same_past = (ids[:, :, None] == behind[:, None]).tril()
