@@ -219,6 +219,10 @@ class GrammarCompiler:
         result: list[Mapping[str, Any]] = []
         for index, tool in enumerate(tools):
             function = tool.get("function", tool)
+            for name in (function.get("parameters") or {}).get("properties") or ():
+                if not name or ">" in name or "\n" in name:
+                    field = f"tools[{index}].function.parameters.properties"
+                    raise RequestError(f"{field}: {name!r} cannot stand in a call of this model", field)
             for path, schema in value_schemas(tool):
                 message = self._fault(schema, ARGUMENT_STYLE)
                 if not message:

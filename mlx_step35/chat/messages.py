@@ -154,10 +154,10 @@ def _part(part: Any, path: str, *, is_result: bool) -> str:
         return text
     if kind in THINKING_PARTS or kind == "redacted_thinking":
         return ""
+    if is_result:
+        # A refusal here would come back with every later request: the history keeps the part.
+        return f"[{MEDIA_PARTS.get(kind, kind)} omitted]"
     if kind in MEDIA_PARTS:
-        if is_result:
-            # A refusal here would come back with every later request: the history keeps the part.
-            return f"[{MEDIA_PARTS[kind]} omitted]"
         message = f"{path} is of type {kind!r}; this model reads text only, no {MEDIA_PARTS[kind]}"
         raise RequestError(message, path, "unsupported_content_type")
     raise RequestError(

@@ -37,8 +37,9 @@ class Rendered:
     @property
     def starts_in_reasoning(self) -> bool:
         """Whether what the model writes next continues a thinking block."""
-        last = self.segments[-1].text if self.segments else ""
-        return last.rstrip().endswith(THINK_PROMPT.strip())
+        if not self.segments or self.segments[-1].is_plain:
+            return False
+        return self.segments[-1].text.rstrip().endswith(THINK_PROMPT.strip())
 
 
 class Marker:

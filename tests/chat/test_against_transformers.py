@@ -36,7 +36,7 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
             "content": "Now.",
             "reasoning_content": "I must read.\n",
             "tool_calls": [
-                call("read_file", {"path": "a b.py", "n": 3, "x": 1.0, "b": True, "z": None, "l": [{"é": "<"}]}),
+                call("read_file", {"path": "a b", "n": 3, "x": 1.0, "b": True, "z": None, "l": [{"é": 1}]}),
                 call("read_file", {}),
             ],
         },

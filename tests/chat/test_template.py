@@ -145,8 +145,11 @@ def test_a_list_is_its_text(template: ChatTemplate) -> None:
 
 def test_an_image_in_a_result_is_named(template: ChatTemplate) -> None:
     image = {"type": "image", "source": {"type": "base64", "data": "iVBORw0KGgo="}}
-    messages = [user("q"), {"role": "tool", "content": [{"type": "text", "text": "see "}, image]}]
-    assert "<tool_response>see [image omitted]</tool_response>" in template.render(messages).text
+    odd = {"type": "tool_reference", "name": "x"}
+    messages = [user("q"), {"role": "tool", "content": [{"type": "text", "text": "see "}, image, odd]}]
+    assert "<tool_response>see [image omitted][tool_reference omitted]</tool_response>" in (
+        template.render(messages).text
+    )
 
 
 IMAGE = [{"type": "text", "text": "x"}, {"type": "image_url"}]
