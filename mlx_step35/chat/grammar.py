@@ -45,6 +45,7 @@ class Constraint:
     ) -> None:
         self._tokenizer = tokenizer
         self._matcher = matcher
+        self._eos = _known_ends(tokenizer)
         self._closer = tokenizer.token_id(THINK_CLOSER)
         if self._closer is None and starts_in_reasoning:
             raise RequestError(
@@ -73,7 +74,7 @@ class Constraint:
         if self._consumed and not self._consumed[-1]:
             return None
         if self._matcher.is_stopped():
-            return self._only(self._tokenizer.eos_token_ids)
+            return self._only(self._eos)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         mask: Mask = np.unpackbits(bits, bitorder="little", count=self._tokenizer.vocab_size).astype(np.bool_)
         assert mask.any(), self._matcher.get_error()
@@ -125,7 +126,7 @@ class Constraint:
     def _not_ended(self) -> Mask:
         """All but the end: an answer that must have a form is not skipped by ending inside the thinking."""
         mask = np.ones(self._tokenizer.vocab_size, dtype=np.bool_)
-        mask[list(self._tokenizer.eos_token_ids)] = False
+        mask[self._eos] = False
         return mask
 
 
@@ -252,7 +253,7 @@ class GrammarCompiler:
         definition = self._tokenizer.backend.definition
         if definition is None:
             raise RequestError("constrained output needs a model with a tokenizer.json", "response_format")
-        return LLTokenizer(definition, eos_token=list(self._tokenizer.eos_token_ids))
+        return LLTokenizer(definition, eos_token=_known_ends(self._tokenizer))
 
     @cached_property
     def _tags(self) -> CallTags:
@@ -262,6 +263,11 @@ class GrammarCompiler:
             for tag, token in zip((OPENER, CLOSER), ids, strict=True)
         ]
         return CallTags(*names)
+
+
+def _known_ends(tokenizer: Tokenizer) -> list[int]:
+    """End tokens that exist: the list in config.json may name more than the tokenizer has."""
+    return [token for token in tokenizer.eos_token_ids if token < tokenizer.vocab_size]
 
 
 def _loosened(function: Mapping[str, Any], name: str) -> Mapping[str, Any]:

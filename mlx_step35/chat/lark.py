@@ -48,7 +48,8 @@ def json_rule(name: str, schema: Schema, style: Mapping[str, Any]) -> str:
 
 def call_rules(tools: Sequence[Mapping[str, Any]], tags: CallTags) -> list[str]:
     """Rules for `call`, any one call of these tools."""
-    rules = ['text_value[suffix="</parameter>\\n"]: /(.|\\n)*/']
+    # Up to the first closer, whatever stands around it: a second one would be a second reading of the text.
+    rules = ['text_value: text_body "\\n"', 'text_body[suffix="</parameter>"]: /(.|\\n)*/']
     names: list[str] = []
     for index, tool in enumerate(tools):
         function = tool.get("function", tool)

@@ -192,7 +192,7 @@ def test_another_decoder_streams_through_the_library(tmp_path: Path) -> None:
     for text in TEXTS:
         assert stream(tokenizer, tokenizer.encode(text)) == text
     detokenizer = tokenizer.detokenizer()
-    assert "".join(detokenizer.add(byte_id(tokenizer, 0x80)) for _ in range(2000)) + detokenizer.finish() == (
-        "\ufffd" * 2000
+    assert "".join(detokenizer.add(byte_id(tokenizer, 0x80)) for _ in range(500)) + detokenizer.finish() == (
+        "\ufffd" * 500
     )
     assert detokenizer.add(tokenizer.vocab_size) == ""
