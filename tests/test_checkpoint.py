@@ -177,7 +177,8 @@ class TestDtypes:
         assert model.dtype == model(IDS).dtype == mx.float32
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-    def test_a_named_dtype(self, tmp_path: Path, dtype: Any) -> None:
+    def test_a_named_dtype(self, tmp_path: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("mlx_step35.checkpoint._is_on_cpu", lambda: False)
         model = load_checkpoint(write_checkpoint(tmp_path, dtype="BF16"), dtype)
         assert model.dtype == getattr(mx, dtype)
         for name, array in tree_flatten(model.parameters()):
@@ -185,6 +186,49 @@ class TestDtypes:
             is_router = ".mlp.gate." in name
             assert array.dtype == (mx.float32 if is_router else getattr(mx, dtype)), name
         assert model.embed(IDS).dtype == getattr(mx, dtype)
+
+    def test_auto_is_the_stored_dtype_on_a_gpu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("mlx_step35.checkpoint._is_on_cpu", lambda: False)
+        assert load_checkpoint(write_checkpoint(tmp_path, dtype="BF16")).dtype == mx.bfloat16
+
+    def test_the_cpu_has_no_half_precision_experts(self, tmp_path: Path) -> None:
+        with pytest.raises(RequestError, match="float32 only, not bfloat16") as error:
+            load_checkpoint(write_checkpoint(tmp_path), "bfloat16")
+        assert error.value.field == "dtype"
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_half_precision_stays_half_precision(
+        self, tmp_path: Path, tiny_model: Model, dtype: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Nothing on the way promotes activations; float32 norms or scales would."""
+        raw = tiny_config(intermediate_size=64, moe_intermediate_size=64, share_expert_dim=64)
+        tensors = converted(raw, tiny_weights(raw), mtp=True)
+        config = ModelConfig.from_hf(raw)
+        arrays: dict[str, mx.array] = {}
+        for weight in backbone_weights(config) + mtp_weights(config):
+            array = mx.array(tensors[weight.name])
+            if not weight.is_quantizable:
+                arrays[weight.name] = array if weight.kind == "bias" else array.astype(mx.bfloat16)
+                continue
+            for part, packed in zip(
+                ("weight", "scales", "biases"), mx.quantize(array.astype(mx.bfloat16), 32, 8), strict=True
+            ):
+                arrays[f"{weight.path}.{part}"] = packed
+        heads = {name: array for name, array in arrays.items() if name.startswith("mtp.")}
+        backbone = {name: array for name, array in arrays.items() if name not in heads}
+        mx.save_safetensors(str(tmp_path / "model.safetensors"), backbone, {"format": "mlx"})
+        mx.save_safetensors(str(tmp_path / "mtp.safetensors"), heads, {"format": "mlx"})
+        block = {"group_size": 32, "bits": 8}
+        (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization": block}))
+        model, exact = load_checkpoint(tmp_path, dtype), load_checkpoint(tmp_path)
+        assert "off by several percent" in caplog.text
+        cache, expected = model.make_cache(), getattr(mx, dtype)
+        hidden = model.hidden(IDS, cache)
+        fused = model.mtp.step(0, model.embed(IDS), hidden)
+        assert {array.dtype for array in (hidden, fused, *cache.state[0], *cache.state[1])} == {expected}
+        assert model.logits(hidden).dtype == model.mtp.logits(0, fused).dtype == expected
+        error = mx.abs(model.logits(hidden) - exact(IDS)).mean() / mx.abs(exact(IDS)).mean()
+        assert error.item() < 0.3
 
     def test_one_is_added_to_norms_in_float32(self, tmp_path: Path) -> None:
         raw = tiny_config()

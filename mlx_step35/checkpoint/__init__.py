@@ -117,12 +117,22 @@ def _compute_dtype(plan: LoadPlan, dtype: DTypeName) -> mx.Dtype:
     MLX's CPU backend has expert products only in float32, and its bf16 quantised products are both slower and
     off by several percent.
     """
+    if _is_on_cpu():
+        if dtype in ("bfloat16", "float16"):
+            _check_cpu_can(plan, dtype)
+        else:
+            return mx.float32
     if dtype != "auto":
         return {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}[dtype]
-    if _is_on_cpu():
-        return mx.float32
     norm = next(source for source in plan.sources if source.name == "model.norm.weight")
     return _STORED[norm.entry.dtype]
+
+
+def _check_cpu_can(plan: LoadPlan, dtype: DTypeName) -> None:
+    experts = [source for source in plan.sources if source.kind == "experts"]
+    if any(source.name.endswith(".weight") and source.entry.dtype in _STORED for source in experts):
+        raise RequestError(f"MLX multiplies experts on the CPU in float32 only, not {dtype}", field="dtype")
+    logger.warning("on the CPU quantised products in %s are slow and off by several percent", dtype)
 
 
 def _read(plan: LoadPlan, compute: mx.Dtype) -> list[tuple[str, mx.array]]:
