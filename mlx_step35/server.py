@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import uvicorn
+from mlx.utils import tree_flatten
 
 from mlx_step35.api.models import Served
 from mlx_step35.chat.template import ChatTemplate
@@ -24,12 +25,13 @@ from mlx_step35.engine.engine import Engine
 from mlx_step35.engine.runner import Runner, Settings
 from mlx_step35.engine.session import Session
 from mlx_step35.errors import RequestError, Step35Error
-from mlx_step35.guard import check_load
+from mlx_step35.guard import check_load, headroom, planner_of
 from mlx_step35.http.access import QuietBreaks
 from mlx_step35.http.app import create_app
 from mlx_step35.http.gate import is_loopback
 from mlx_step35.http.preparing import Preparer
 from mlx_step35.http.settings import GenerationDefaults, ServerSettings
+from mlx_step35.prompt_cache.budget import default_limit
 from mlx_step35.prompt_cache.disk import DiskTier
 from mlx_step35.prompt_cache.files import fingerprint
 from mlx_step35.prompt_cache.store import PromptCacheStore
@@ -64,8 +66,9 @@ class Job:
     max_body_bytes: int
     keepalive_s: float
     request_timeout_s: float
-    prompt_cache_bytes: int
+    prompt_cache_bytes: int | None
     prompt_cache_dir: Path | None
+    prompt_cache_dir_bytes: int
     log_level: str
 
 
@@ -141,11 +144,16 @@ def _load(job: Job, path: Path) -> Runner:
     """Runs on the engine's thread, which owns all arrays from here on."""
     model = load_checkpoint(path, job.dtype)
     prepare(model)
-    store = PromptCacheStore(job.prompt_cache_bytes)
+    limit_bytes = job.prompt_cache_bytes
+    if limit_bytes is None:
+        planner = planner_of(model.config, cast(Any, tree_flatten(cast(Any, model).parameters())))
+        limit_bytes = default_limit(planner, job.max_context or model.config.context_length, headroom())
+    logger.info("saved prompts may take %.2f GB", limit_bytes / 1e9)
+    store = PromptCacheStore(limit_bytes)
     disk = None
     if job.prompt_cache_dir is not None:
         identity = fingerprint(path, str(model.dtype))
-        disk = DiskTier(job.prompt_cache_dir, job.prompt_cache_bytes, identity)
+        disk = DiskTier(job.prompt_cache_dir, job.prompt_cache_dir_bytes, identity)
     return Runner(model, Session(model, store, disk), Settings(job.prefill_step_size))
 
 
@@ -187,8 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-body-bytes", type=_positive, default=32 * 2**20, help="size of a request (%(default)s)")
     add("--keepalive", type=_seconds, default=10.0, help="seconds of silence before an event (%(default)s)")
     add("--request-timeout", type=_seconds, default=3600.0, help="seconds for an answer (%(default)s)")
-    add("--prompt-cache-bytes", type=_size, default=4 * 2**30, help="saved prompts, e.g. 8GB (4GiB)")
-    add("--prompt-cache-dir", type=Path, help="keep saved prompts here across restarts (off)")
+    _add_prompt_cache_flags(parser)
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser
 
@@ -201,6 +208,22 @@ def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
     add("--mtp", choices=("auto", "off", "1", "2", "3"), default="auto", help="draft depth (%(default)s)")
     add("--no-lookup", action="store_true", help="do not draft by copying from the prompt")
     add("--prefill-step-size", type=_positive, default=2048, help="prompt tokens per pass (%(default)s)")
+
+
+def _add_prompt_cache_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("prompt cache").add_argument
+    add(
+        "--prompt-cache-bytes",
+        type=_size,
+        help="memory for saved prompts, such as 8GB; 0 is none (what weights and the longest context leave)",
+    )
+    add("--prompt-cache-dir", type=Path, help="keep saved prompts here across restarts (off)")
+    add("--prompt-cache-dir-bytes", type=_size, default=32 * 2**30, help="size of that directory (32GiB)")
+    add(
+        "--keep-billing-header",
+        action="store_true",
+        help="leave Claude Code's x-anthropic-billing-header line, which changes, in the prompt",
+    )
 
 
 def _add_access_flags(parser: argparse.ArgumentParser) -> None:
@@ -226,7 +249,12 @@ def _job(options: argparse.Namespace) -> Job:
         name=options.model_name,
         aliases=tuple(options.model_alias),
         defaults=GenerationDefaults(
-            options.temp, options.top_p, options.max_tokens, mtp, not options.no_lookup
+            options.temp,
+            options.top_p,
+            options.max_tokens,
+            mtp,
+            not options.no_lookup,
+            options.keep_billing_header,
         ),
         prefill_step_size=options.prefill_step_size,
         max_context=options.max_context,
@@ -238,6 +266,7 @@ def _job(options: argparse.Namespace) -> Job:
         request_timeout_s=options.request_timeout,
         prompt_cache_bytes=options.prompt_cache_bytes,
         prompt_cache_dir=options.prompt_cache_dir,
+        prompt_cache_dir_bytes=options.prompt_cache_dir_bytes,
         log_level=options.log_level,
     )
 

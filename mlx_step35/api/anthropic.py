@@ -5,7 +5,7 @@ from typing import Any
 
 from mlx_step35.api import tables
 from mlx_step35.api.fields import Fields
-from mlx_step35.api.history import drop_billing_header, readable_arguments
+from mlx_step35.api.history import readable_arguments
 from mlx_step35.api.tools import Tool, check_choice, read_schema, read_tool, strict_names, without_duplicates
 from mlx_step35.api.types import ChatRequest, Message, Sampling, Thinking, ToolChoice
 from mlx_step35.chat.messages import MEDIA_PARTS, normalize_messages
@@ -57,9 +57,9 @@ def _system(fields: Fields) -> list[Message]:
         texts = []
         for block in fields.objects("system"):
             block.choice("type", _TEXT_BLOCKS)
-            texts.append(drop_billing_header(block.required_text("text")))
+            texts.append(block.required_text("text"))
     else:
-        texts = [drop_billing_header(fields.text("system") or "")]
+        texts = [fields.text("system") or ""]
     text = "\n\n".join(text for text in texts if text.strip())
     return [{"role": "system", "content": text}] if text else []
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlx_step35.api import tables
 from mlx_step35.api.fields import Fields
-from mlx_step35.api.history import drop_billing_header, readable_arguments, split_thoughts
+from mlx_step35.api.history import readable_arguments, split_thoughts
 from mlx_step35.api.tools import Tool, check_choice, read_schema, read_tool, strict_names, without_duplicates
 from mlx_step35.api.types import ChatRequest, CompletionRequest, Message, Sampling, Thinking, ToolChoice
 from mlx_step35.chat.messages import normalize_messages
@@ -103,27 +103,17 @@ def read_sampling(fields: Fields) -> Sampling:
 
 
 def _message(value: Any) -> Any:
-    """A message with readable arguments, without billing line, with its thoughts in their own field."""
+    """A message with readable arguments, and with its thoughts in their own field."""
     if not isinstance(value, Mapping):
         return value
     message = dict(value)
-    content, role = message.get("content"), message.get("role")
-    if role == "system" and isinstance(content, str):
-        message["content"] = drop_billing_header(content)
-    elif role == "system" and isinstance(content, list):
-        message["content"] = [_without_billing(part) for part in content]
-    elif role == "assistant":
+    content = message.get("content")
+    if message.get("role") == "assistant":
         if isinstance(content, str) and not (message.get("reasoning_content") or message.get("reasoning")):
             message["reasoning_content"], message["content"] = split_thoughts(content)
         if isinstance(message.get("tool_calls"), list):
             message["tool_calls"] = [_call(call) for call in message["tool_calls"]]
     return message
-
-
-def _without_billing(part: Any) -> Any:
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return {**part, "text": drop_billing_header(part["text"])}
-    return part
 
 
 def _call(call: Any) -> Any:

@@ -61,16 +61,6 @@ class Runner:
         """
         session = self._session
         reuse = session.sync(candidate.prompt)
-        logger.debug(
-            "prompt of %d tokens: %d reused from %s, limited by %s at token %d (known %s, given %s)",
-            reuse.prompt_tokens,
-            reuse.cached_tokens,
-            reuse.source,
-            reuse.limited_by,
-            reuse.common_tokens,
-            reuse.found,
-            reuse.given,
-        )
         options = DecodeOptions(
             max_tokens=candidate.max_tokens,
             mtp=mtp,
@@ -100,6 +90,10 @@ class Runner:
     def memory(self) -> Memory:
         """Bytes in use now, at most so far, and in saved prefixes."""
         return Memory(mx.get_active_memory(), mx.get_peak_memory(), self._session.store.nbytes)
+
+    def close(self) -> None:
+        """Finish what is being saved. The runner must not be used any more."""
+        self._session.close()
 
     def _guarded(self, stream: Iterator[Decoded]) -> Generator[Decoded, None, None]:
         """The stream; at its end the session keeps the state, or gives it up if it cannot be trusted."""

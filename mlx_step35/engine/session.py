@@ -113,7 +113,7 @@ class Session:
         match, snapshot, source = self._find(prompt, limit, here)
         if here >= match.position and self._can_go_back(self.cache.offset - here):
             self._go_back(here)
-            source = "live" if here else "none"
+            source = "live"
         elif match.value is not None and snapshot is not None:
             self._restore(match.value, snapshot, min(live, match.position))
         else:
@@ -124,6 +124,8 @@ class Session:
             known = self._known
             found = int(known[live]) if live < len(known) else None
             common, given = live, int(prompt[live]) if live < len(prompt) else None
+        if not self.cache.offset:
+            source = "none"
         return Reuse(len(prompt), self.cache.offset, common, found, given, source)
 
     def stops(self, boundaries: Iterable[int] = ()) -> tuple[int, ...]:
@@ -161,6 +163,11 @@ class Session:
         """The present state with all its rows, and the saved states on the way to it."""
         tokens = as_tokens(self.cache.tokens)
         return take(self.cache, tokens, ()), self.store.on_path(tokens)
+
+    def close(self) -> None:
+        """Write to the disk what waits for it, and let go of its directory."""
+        if self._disk is not None:
+            self._disk.close()
 
     def reset(self) -> None:
         """Give up the live cache, and the snapshots that need rows of it."""

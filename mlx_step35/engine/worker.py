@@ -77,6 +77,7 @@ class Worker:
                 job.emit(Failed(error))
             finally:
                 job.close()
+        runner.close()
 
     def _serve(self, runner: Runner, job: Job) -> None:
         for index, candidate in enumerate(job.request.candidates):

@@ -162,6 +162,7 @@ class Answer(Response, Generic[R]):
         match event:
             case Started():
                 self._collector.start(event)
+                self._preparer.explain(event.reuse)
             case Token():
                 return self._collector.logprobs(event.index, event.logprobs)
             case Finished():

@@ -1,10 +1,12 @@
 """From a parsed request to one for the engine: prompt, limits, sampling, grammar. Text work, no arrays."""
 
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_step35.api.history import without_billing_headers
 from mlx_step35.api.types import ChatRequest, CompletionRequest, GenerationRequest
 from mlx_step35.chat.boundaries import prompt_boundaries
 from mlx_step35.chat.grammar import GrammarCompiler
@@ -14,9 +16,12 @@ from mlx_step35.chat.template import ChatTemplate
 from mlx_step35.chat.text_stream import TextStream
 from mlx_step35.chat.tokenizer import Tokenizer
 from mlx_step35.engine.request import Candidate, Finished, Request
+from mlx_step35.engine.session import Reuse
 from mlx_step35.errors import PromptTooLongError, RequestError
 from mlx_step35.http.settings import GenerationDefaults
 from mlx_step35.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 # Ends of turns that are worth a saved state beside the first, which is the system prompt's with the tools.
 NUM_LAST_BOUNDARIES = 4
@@ -55,8 +60,28 @@ class Preparer:
         for name in ("messages", "tools", "add_generation_prompt"):
             variables.pop(name, None)
         tools = () if request.tool_choice.mode == "none" else request.tools
-        ids, rendered = self._turns.encode(request.messages, tools or None, **variables)
+        messages = request.messages
+        if not self._defaults.keeps_billing_header:
+            messages = without_billing_headers(messages)
+        ids, rendered = self._turns.encode(messages, tools or None, **variables)
         return Prompt(ids, rendered.starts_in_reasoning)
+
+    def explain(self, reuse: Reuse) -> None:
+        """Say at debug level what a prompt could reuse, and where and why it leaves what is known."""
+        if logger.isEnabledFor(logging.DEBUG):
+            texts = [
+                "nothing" if token is None else repr(self.tokenizer.decode([token]))
+                for token in (reuse.found, reuse.given)
+            ]
+            logger.debug(
+                "prompt of %d tokens: %d reused (%s), limited by %s; %d are known, then %s was, %s is given",
+                reuse.prompt_tokens,
+                reuse.cached_tokens,
+                reuse.source,
+                reuse.limited_by,
+                reuse.common_tokens,
+                *texts,
+            )
 
     def remember(self, candidate: Candidate, event: Finished) -> None:
         """Keep the sampled tokens of a turn, for when the client sends it back in its own spelling."""

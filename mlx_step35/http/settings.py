@@ -8,13 +8,17 @@ from mlx_step35.decoding import MTPChoice
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What holds where a request says nothing. `max_tokens` None is the rest of the context."""
+    """What holds where a request says nothing. `max_tokens` None is the rest of the context.
+
+    `keeps_billing_header`: whether Claude Code's billing line, which changes, stays in the prompt.
+    """
 
     temperature: float = 1.0
     top_p: float = 0.95
     max_tokens: int | None = None
     mtp: MTPChoice = "auto"
     lookup: bool = True
+    keeps_billing_header: bool = False
 
 
 @dataclass(frozen=True, slots=True)
