@@ -46,6 +46,9 @@ def main() -> None:
     parser.add_argument("--moe-layers", type=int, default=2)
     parser.add_argument("--experts", type=int, default=192, help="192 make stacks of 1.6 GB")
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument(
+        "--fp8", action="store_true", help="experts as in the FP8 release; mlx-lm has no part"
+    )
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--no-mlx-lm", action="store_true")
     parser.add_argument("--keep", action="store_true", help="keep the generated checkpoint")
@@ -53,7 +56,7 @@ def main() -> None:
     given.dir.mkdir(parents=True, exist_ok=True)
     source = given.dir / "source"
     if not source.exists():
-        generate(source, given.moe_layers, given.experts)
+        generate(source, given.moe_layers, given.experts, given.fp8)
     # The last shard holds the MTP layer.
     size = sum(file.stat().st_size for file in sorted(source.glob("*.safetensors"))[:-1])
     largest = given.experts * 1024 * 4096 * given.bits // 8
@@ -65,7 +68,7 @@ def main() -> None:
             OURS, source, given.dir / "ours", given.bits, ["verify"] if given.verify else []
         ),
     }
-    if not given.no_mlx_lm:
+    if not (given.no_mlx_lm or given.fp8):
         result["mlx_lm"] = measure(THEIRS, source, given.dir / "theirs", given.bits, [])
     for name in ("mlx_step35", "mlx_lm"):
         if name in result:
@@ -93,7 +96,7 @@ def measure(script: str, source: Path, target: Path, bits: int, more: list[str])
     }
 
 
-def generate(path: Path, moe_layers: int, experts: int) -> None:
+def generate(path: Path, moe_layers: int, experts: int, fp8: bool) -> None:
     """A model with few layers of almost real width, one tensor per expert stack, random but repeating."""
     path.mkdir(parents=True)
     layers = 1 + moe_layers
@@ -136,7 +139,8 @@ def generate(path: Path, moe_layers: int, experts: int) -> None:
     weight_map = {}
     for number, tensors in enumerate(shards, 1):
         file = f"model-{number:05d}.safetensors"
-        _write(path / file, tensors)
+        tensors = _to_fp8(tensors) if fp8 else tensors
+        _write(path / file, tensors, fp8)
         weight_map.update(dict.fromkeys(tensors, file))
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
@@ -172,28 +176,40 @@ def _moe(prefix: str, experts: int, width: int, hidden: int) -> dict[str, tuple[
     }
 
 
-def _write(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
+def _to_fp8(tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The FP8 release's form: a scale for each 128x128 block beside every stack of experts."""
+    scales = {
+        f"{name}_scale_inv": (shape[0], -(-shape[1] // 128), -(-shape[2] // 128))
+        for name, shape in tensors.items()
+        if len(shape) == 3
+    }
+    return tensors | scales
+
+
+def _write(path: Path, tensors: dict[str, tuple[int, ...]], fp8: bool) -> None:
     values = np.random.default_rng(0).normal(0, 0.05, 16 << 20).astype(np.float32)
-    block = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    # Any byte without the exponent's highest bit is an FP8 number between -2 and 2.
+    blocks = {
+        "BF16": bits.tobytes(),
+        "F8_E4M3": (bits & 0xBF).astype(np.uint8).tobytes(),
+        "F32": np.ones(1 << 18, np.float32).tobytes(),
+    }
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    dtypes = {}
     end = 0
     for name, shape in tensors.items():
-        is_bias = name.endswith("router_bias")
-        nbytes = prod(shape) * (4 if is_bias else 2)
-        header[name] = {
-            "dtype": "F32" if is_bias else "BF16",
-            "shape": shape,
-            "data_offsets": [end, end + nbytes],
-        }
+        in_float32 = name.endswith(("router_bias", "_scale_inv"))
+        dtypes[name] = "F32" if in_float32 else "F8_E4M3" if fp8 and len(shape) == 3 else "BF16"
+        nbytes = prod(shape) * {"F32": 4, "BF16": 2, "F8_E4M3": 1}[dtypes[name]]
+        header[name] = {"dtype": dtypes[name], "shape": shape, "data_offsets": [end, end + nbytes]}
         end += nbytes
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in tensors:
-            if name.endswith("router_bias"):
-                file.write(bytes(prod(tensors[name]) * 4))
-                continue
-            left = prod(tensors[name]) * 2
+            start, end = header[name]["data_offsets"]
+            block, left = blocks[dtypes[name]], end - start
             while left:
                 left -= file.write(block[: min(left, len(block))])
 
