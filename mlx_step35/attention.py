@@ -10,8 +10,11 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_step35.cache import AttentionCache, Mask
+from mlx_step35.cache import AttentionCache, Mask, window_mask
 from mlx_step35.config import LayerConfig, Llama3Scaling, ModelConfig, RopeConfig
+
+# Fewer queries in one attention call than this are not worth a call.
+MIN_BLOCK = 128
 
 
 class Attention(nn.Module):
@@ -24,6 +27,7 @@ class Attention(nn.Module):
         self.num_kv_heads = layer.num_kv_heads
         self.head_dim = head_dim
         self.scale = head_dim**-0.5
+        self.window = layer.window
         self.q_proj = nn.Linear(hidden_size, layer.num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, layer.num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, layer.num_kv_heads * head_dim, bias=False)
@@ -47,12 +51,33 @@ class Attention(nn.Module):
         keys = self.rope(keys.transpose(0, 2, 1, 3), offset)
         if cache is not None:
             keys, values = cache.update(keys, values)
-        output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
+        output = self._attend(queries, keys, values, mask)
         output = output.transpose(0, 2, 1, 3)
         if self.has_gate:
             # One scalar per head, from the same normed input that feeds q_proj.
             output = _gated(output, self.g_proj(x)[..., None])
         return self.o_proj(output.reshape(batch, length, -1))
+
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
+        length, num_past = queries.shape[2], keys.shape[2] - queries.shape[2]
+        block = max(self.window or length, MIN_BLOCK)
+        if self.window is None or length < 2 * block:
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
+        # A long chunk in blocks, each over the keys its windows reach: in one call most scores are masked.
+        outputs = []
+        for start in range(0, length, block):
+            end = min(start + block, length)
+            first = max(num_past + start - (self.window - 1), 0)
+            outputs.append(
+                mx.fast.scaled_dot_product_attention(
+                    queries[:, :, start:end],
+                    keys[:, :, first : num_past + end],
+                    values[:, :, first : num_past + end],
+                    scale=self.scale,
+                    mask=window_mask(end - start, num_past + start - first, self.window),
+                )
+            )
+        return mx.concatenate(outputs, axis=2)
 
 
 class Rope(nn.Module):

@@ -1,6 +1,7 @@
 """Rotary embedding, head gate, per-head norms and windows against plain numpy."""
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -102,3 +103,18 @@ def test_the_gate_scales_each_head_before_the_output_projection(config: ModelCon
 
 def test_scores_are_scaled_by_the_head_size(config: ModelConfig) -> None:
     assert Attention(config, config.layers[0]).scale == pytest.approx(1 / math.sqrt(16))
+
+
+@pytest.mark.parametrize("past", [0, 3, 40])
+@pytest.mark.parametrize("window", [1, 8, 200])
+def test_long_chunks_in_blocks_equal_one_call(config: ModelConfig, past: int, window: int) -> None:
+    layer = replace(config.layers[1], window=window)
+    attention = random_attention(config, layer)
+    x = mx.random.normal((2, past + 500, config.hidden_size), key=mx.random.key(1))
+    cache = make_layer_cache(layer)
+    if past:
+        attention(x[:, :past], cache.mask(past), cache)
+    blocked = attention(x[:, past:], cache.mask(500), cache)
+    attention.window = None
+    whole = attention(x, window_mask(past + 500, 0, window))
+    np.testing.assert_allclose(np.array(blocked), np.array(whole[:, past:]), atol=1e-4)
