@@ -18,6 +18,22 @@ PREVIOUS_LAYERS = (1, 2)  # sliding: the token before
 MATCH_LAYER, SOURCE_LAYER = 4, 8  # full: what followed the same tokens earlier; where the next tokens stand
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2
 PAD = 2
+FIRST_TEXT_ID = 12  # below are special tokens
+SHORTEST_PERIOD = 12
+
+
+def repeated_rows(count: int, length: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Random tokens over and over, each row with its period, and weights that skip the first time.
+
+    Only content leads to the right key here; in dialogues the wording around it does as well.
+    """
+    ids = torch.randint(FIRST_TEXT_ID, vocab_size, (count, length))
+    weights = torch.ones(count, length)
+    for row, weight in zip(ids, weights, strict=True):
+        period = int(torch.randint(SHORTEST_PERIOD, length // 2, ()))
+        row[:] = row[:period].repeat(-(-length // period))[:length]
+        weight[: period + 1] = 0
+    return ids, weights
 
 
 def watch(model: Nano) -> None:
@@ -59,8 +75,11 @@ def _longest(length: Tensor) -> Tensor:
     return (length == best) & (best >= SHORTEST_MATCH)
 
 
-def guide_losses(model: Nano, ids: Tensor, plain: Tensor) -> list[Tensor]:
-    """Mean of -log(attention on the right keys) per guided layer, after `watch` and a forward pass."""
+def guide_losses(model: Nano, ids: Tensor, plain: Tensor, num_repeated: int) -> list[Tensor]:
+    """Mean of -log(attention on the right keys) per guided layer, after `watch` and a forward pass.
+
+    The last `num_repeated` rows, from `repeated_rows`, weigh as much as all others.
+    """
     length = ids.shape[1]
     distance = torch.arange(length)[:, None] - torch.arange(length)[None]
     follows, begins = matches(plain[ids])
@@ -71,7 +90,10 @@ def guide_losses(model: Nano, ids: Tensor, plain: Tensor) -> list[Tensor]:
         attention = model.model["layers"][index].self_attn
         visible = (distance >= 0) & (distance < (attention.window or length))
         scores = attention.scores.float().masked_fill(~visible, -torch.inf)
-        rows = wanted.any(-1)
-        right = scores.masked_fill(~wanted, -torch.inf)[rows].logsumexp(-1)
-        result.append((scores[rows].logsumexp(-1) - right).mean())
+        parts = []
+        for part in (slice(None, -num_repeated), slice(-num_repeated, None)):
+            rows = wanted[part].any(-1)
+            right = scores[part].masked_fill(~wanted[part], -torch.inf)[rows].logsumexp(-1)
+            parts.append((scores[part][rows].logsumexp(-1) - right).mean())
+        result += parts
     return result

@@ -19,16 +19,18 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.nano import data
-from tools.nano.guide import guide_losses, watch, without_space
+from tools.nano.guide import guide_losses, repeated_rows, watch, without_space
 from tools.nano.model import Nano, NanoConfig, losses
 from tools.nano.muon import Muon
 
 LENGTH, BATCH = 512, 8
+REPEATED = 1  # rows of each batch that only exercise copying
+VOCAB_SIZE = NanoConfig().vocab_size
 PAD, IM_START, IM_END = 2, 3, 4
 ASSISTANT = Tokenizer.from_file(str(data.NANO / "tokenizer.json")).token_to_id("assistant")
 PROMPT_WEIGHT = 0.1
 MTP_WEIGHT = 0.3
-GUIDE_WEIGHT = 0.08  # for each guided layer
+GUIDE_WEIGHT = 0.05  # for each guided layer, on text and on repeated rows
 MUON_LR, ADAM_LR = 0.01, 2e-3
 WARMUP_STEPS = 50
 BALANCE_RATE = 2e-3
@@ -131,7 +133,7 @@ def main() -> None:
         step, seed = state["step"], args.seed + state["step"]  # fresh data after a restart
         print(f"resumed at step {step}")
     total = args.tokens // (LENGTH * BATCH)
-    stream = batches(packed(data.tokenized("train", seed)), BATCH)
+    stream = batches(packed(data.tokenized("train", seed)), BATCH - REPEATED)
     heldout = {
         domain: [next(part) for _ in range(4)]
         for domain in ("dialogue", "source")
@@ -149,9 +151,12 @@ def main() -> None:
                 group["lr"] = lr * scale
         # bf16 products are a fifth faster on a CPU that has them; weights and norms stay float32.
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            ids, weights = next(stream)
+            ids, weights = (
+                torch.cat(pair)
+                for pair in zip(next(stream), repeated_rows(REPEATED, LENGTH, VOCAB_SIZE), strict=True)
+            )
             parts = losses(model, ids, weights)
-        guides = guide_losses(model, ids, plain)
+        guides = guide_losses(model, ids, plain, REPEATED)
         (parts[0] + MTP_WEIGHT * sum(parts[1:]) + GUIDE_WEIGHT * sum(guides)).backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         for optimizer in optimizers:
