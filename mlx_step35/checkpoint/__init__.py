@@ -48,7 +48,7 @@ def load_checkpoint(path: Path, dtype: DTypeName = "auto") -> Model:
     else:
         logger.warning("drafting with MTP is off: %s", plan.mtp_reason)
     for module_path, packing in plan.packings.items():
-        _pack(model, module_path, packing)
+        pack_module(model, module_path, packing)
     compute = _compute_dtype(plan, dtype)
     model.load_weights(_read(plan, compute), strict=False)
     return model
@@ -80,20 +80,7 @@ def resolve_model(path_or_repo: str | Path) -> Path:
     return _download(name)
 
 
-def _download(repo: str) -> Path:
-    # Imported here because it takes longer than starting the rest of the package.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"no directory '{repo}', and the hub says: {reason}", field="model") from None
-
-
-def _pack(model: Model, path: str, packing: Quantization) -> None:
+def pack_module(model: Model, path: str, packing: Quantization) -> None:
     """Put a quantised module in the place of a plain one; its arrays follow from the checkpoint."""
     *parents, name = path.split(".")
     parent: Any = model
@@ -109,6 +96,19 @@ def _pack(model: Model, path: str, packing: Quantization) -> None:
     sizes = (rows, columns) if isinstance(plain, nn.Embedding) else (columns, rows)
     packed = kind(*sizes, group_size=packing.group_size, bits=packing.bits, mode=packing.mode, **options)
     setattr(parent, name, packed)
+
+
+def _download(repo: str) -> Path:
+    # Imported here because it takes longer than starting the rest of the package.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(f"no directory '{repo}', and the hub says: {reason}", field="model") from None
 
 
 def _compute_dtype(plan: LoadPlan, dtype: DTypeName) -> mx.Dtype:
