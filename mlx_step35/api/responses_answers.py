@@ -181,11 +181,16 @@ def _response(identity: Identity, request: ChatRequest) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "text": {"format": text_format},
         "tool_choice": named if choice.mode == "named" else choice.mode,
-        "tools": [{"type": "function", "strict": False, **tool["function"]} for tool in request.tools],
+        "tools": [_named(tool) for tool in request.tools],
         "top_p": sampling.top_p,
         "truncation": "disabled",
         "usage": None,
     }
+
+
+def _named(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool by its name: agents send 40 KB of schemas, and the response is in every heartbeat."""
+    return {"type": "function", "name": tool["function"]["name"], "parameters": None, "strict": None}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

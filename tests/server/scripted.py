@@ -28,6 +28,8 @@ from tests.tiny import tiny_config
 NANO = Path(__file__).parents[2] / "mlx_step35" / "nano"
 PREFILL_TICK_S = 0.05
 EVAL_TOKENS = 64
+# Characters encoded at once.
+CHUNK = 4096
 
 # From the last user text and the last turn to the text to generate, from inside the thinking block on.
 Script = Callable[[str, str], str]
@@ -93,8 +95,7 @@ class ScriptedDecode:
         is_closed = turns[-1].rstrip().endswith("</think>")
         if is_closed:
             output = output.partition("</think>\n")[2]
-        tokens = [*self._tokenizer.encode(output), self._tokenizer.eos_token_ids[-1]]
-        for count, token in enumerate(self._allowed(tokens, constraint)):
+        for count, token in enumerate(self._allowed(self._tokens(output), constraint)):
             if count == options.max_tokens:
                 return
             if "[fail]" in user_text and count == 5:
@@ -106,23 +107,37 @@ class ScriptedDecode:
                 constraint.advance(token)
             yield Decoded(token, self._row(), False)
 
-    def _allowed(self, tokens: Sequence[int], constraint: Any) -> Iterator[int]:
-        """The script's tokens as long as the constraint allows them, then a shortest way to the end."""
+    def _tokens(self, output: str) -> Iterator[int]:
+        """The output's tokens and the end; a long one is not encoded before it is needed."""
+        for start in range(0, len(output), CHUNK):
+            yield from self._tokenizer.encode(output[start : start + CHUNK])
+        yield self._tokenizer.eos_token_ids[-1]
+
+    def _allowed(self, tokens: Iterator[int], constraint: Any) -> Iterator[int]:
+        """The script's tokens as long as the constraint allows them, then some way to the end."""
         encode, eos = self._tokenizer.encode, self._tokenizer.eos_token_ids[-1]
+        if constraint is None:
+            yield from tokens
+            return
         queue = list(tokens)
-        has_answered = False
+        closing = encode("\n</parameter>\n</function>\n</tool_call>")
+        others = [[*encode('{"title": "Hello"}'), eos]]
         while True:
-            mask = constraint.mask() if constraint is not None else None
-            token = queue.pop(0) if queue else eos
-            if mask is not None and not mask[token]:
-                if not has_answered:
-                    has_answered, queue = True, [*encode('{"title": "Hello"}'), eos]
-                    token = queue.pop(0)
-                if not mask[token]:
-                    queue = []
-                    wished = [eos, *(encode(text)[0] for text in ('"', "}", "]", "\n", "<", ">", "a", "1"))]
-                    token = next((one for one in wished if mask[one]), int(mask.argmax()))
-            yield token
+            mask = constraint.mask()
+            if mask is None:
+                yield queue.pop(0) if queue else eos
+                continue
+            if queue and not mask[queue[0]]:
+                queue = others.pop(0) if others else []
+            if queue and mask[queue[0]]:
+                yield queue.pop(0)
+            elif mask[eos]:
+                yield eos
+            else:
+                # Forced structure, or a value that may go on for ever: close whatever is open.
+                queue = closing if mask[closing[0]] else []
+                yield queue[0] if queue else int(mask.argmax())
+                queue = queue[1:]
 
     def _prefill(
         self,
