@@ -5,7 +5,7 @@ that runs for every token has been given 6 or 8 bits. Pure; a recipe is a finish
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -21,6 +21,9 @@ from mlx_step35.layout import (
     stored_tensors,
 )
 from mlx_step35.quantization import AFFINE_BITS, AFFINE_GROUPS, DEFAULTS, Mode, Quantization
+
+# Sorts weights by how much they gain from one more bit, most first.
+Order = Callable[[Weight], tuple[int, ...]]
 
 RecipeName = Literal["mac-96", "mac-128", "mac-192", "mac-256", "mac-512"]
 RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
@@ -93,11 +96,16 @@ def machine_recipe(
     return replace(fit_recipe(config, limit - caches - RECIPE_WORKSPACE - heads, dtype), name=name)
 
 
-def fit_recipe(config: ModelConfig, budget: int, dtype: str = "BF16") -> Recipe:
+def first_layers(weight: Weight) -> tuple[int, ...]:
+    """Early layers gain most, because all later ones see their error (figures in docs/conversion.md)."""
+    return (weight.layer or 0, not weight.path.endswith("down_proj"))
+
+
+def fit_recipe(config: ModelConfig, budget: int, dtype: str = "BF16", order: Order = first_layers) -> Recipe:
     """The best recipe whose backbone takes at most `budget` bytes. Raises CapacityError for too small ones.
 
     Every group of experts reaches a rung before any goes beyond it, because each bit less doubles the error;
-    within a rung the order is `_by_sensitivity`.
+    within a rung `order` decides.
     """
     weights = backbone_weights(config)
     choices = _base_choices(weights, experts=EXPERT_RUNGS[0].bits, rest=8 if budget >= ROOMY_BYTES else 6)
@@ -107,7 +115,7 @@ def fit_recipe(config: ModelConfig, budget: int, dtype: str = "BF16") -> Recipe:
         raise CapacityError(
             f"the smallest recipe takes {(budget - left) / 1e9:.1f} GB, the budget is {budget / 1e9:.1f} GB"
         )
-    for weight, rung in _upgrades(weights):
+    for weight, rung in _upgrades(weights, order):
         cost = _nbytes(weight, rung, dtype) - _nbytes(weight, choices[weight.path], dtype)
         if cost <= left:
             choices[weight.path] = rung
@@ -197,14 +205,9 @@ def _base_choices(weights: Iterable[Weight], experts: int, rest: int) -> dict[st
     return choices
 
 
-def _upgrades(weights: Iterable[Weight]) -> list[tuple[Weight, Quantization]]:
-    experts = sorted((weight for weight in weights if weight.kind == "experts"), key=_by_sensitivity)
+def _upgrades(weights: Iterable[Weight], order: Order) -> list[tuple[Weight, Quantization]]:
+    experts = sorted((weight for weight in weights if weight.kind == "experts"), key=order)
     return [(weight, rung) for rung in EXPERT_RUNGS[1:] for weight in experts]
-
-
-def _by_sensitivity(weight: Weight) -> tuple[bool, int]:
-    """down_proj first: its error goes straight into the residual stream, the others' through a product."""
-    return (not weight.path.endswith("down_proj"), weight.layer or 0)
 
 
 def _nbytes(weight: Weight, choice: Quantization, dtype: str) -> int:

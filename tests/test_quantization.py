@@ -76,6 +76,15 @@ def test_fit_levels_experts_before_it_raises_any(config: ModelConfig) -> None:
     assert bits == {3, 4}
 
 
+def test_early_layers_get_a_bit_more_first(config: ModelConfig) -> None:
+    recipe = fit_recipe(config, 92 * 10**9)
+    experts = [weight for weight in backbone_weights(config) if weight.kind == "experts"]
+    assert recipe.choices[experts[0].path].bits == 4
+    assert recipe.choices[experts[-1].path].bits == 3
+    reverse = fit_recipe(config, 92 * 10**9, order=lambda weight: (-(weight.layer or 0),))
+    assert reverse.choices[experts[0].path].bits == 3
+
+
 def test_too_small_a_budget_is_refused_with_numbers(config: ModelConfig) -> None:
     with pytest.raises(CapacityError, match=r"smallest recipe takes 6\d\.\d GB, the budget is 50\.0 GB"):
         fit_recipe(config, 50 * 10**9)
