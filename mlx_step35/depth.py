@@ -156,7 +156,8 @@ class DepthController:
     def expected_tokens(self, plan: Plan, match_length: int = 0) -> float:
         """Tokens one round yields on average: the one of the verify, and every draft accepted before it."""
         rates = [rate.value(self._round) for rate in self._rates(plan, match_length)]
-        return 1 + sum(accumulate(rates, mul))
+        chain: list[float] = list(accumulate(rates, mul))
+        return 1 + sum(chain)
 
     def round_s(self, plan: Plan, context: int) -> float:
         """Seconds of a round: measured, or by bytes from the plan of the nearest depth that was measured."""

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from mlx_step35.chat.template import ChatTemplate
 from mlx_step35.chat.tokenizer import Tokenizer
-from mlx_step35.checkpoint import NANO, DTypeName, load_checkpoint, resolve_model
+from mlx_step35.checkpoint import NANO, DTypeName, load_checkpoint, read_config, resolve_model
 from mlx_step35.decoding import DecodeOptions, MTPChoice, prepare
-from mlx_step35.errors import RequestError, Step35Error
+from mlx_step35.errors import PromptTooLongError, RequestError, Step35Error
 from mlx_step35.generate.api import NOT_SERVED, GenerationResponse, stream_tokens
 from mlx_step35.generate.report import print_summary, stats_json
 from mlx_step35.generate.resume import PromptCacheFile
@@ -77,6 +77,10 @@ def _generate(job: Job) -> int:
     path = resolve_model(job.model or NANO)
     tokenizer = Tokenizer.from_directory(path)
     ids = _prompt_ids(job, path, tokenizer)
+    # Known before the weights are read, which takes minutes with the real model.
+    limit = read_config(path).context_length
+    if len(ids) >= limit:
+        raise PromptTooLongError(len(ids), limit - 1)
     model = load_checkpoint(path, job.dtype)
     prepare(model)
     eos_token_ids = {*model.config.eos_token_ids, *(_token_id(tokenizer, t) for t in job.extra_eos_tokens)}

@@ -1,0 +1,478 @@
+"""Speculative decoding is exact: token by token where it is deterministic, else in distribution."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.models import step3p5
+
+from mlx_step35.checkpoint import load_checkpoint, resolve_model
+from mlx_step35.decoding import DecodeOptions, decode, prepare
+from mlx_step35.model import Model
+from mlx_step35.mtp_state import DraftState
+from mlx_step35.sampling import Chooser, Proposal, SamplingParams, log_softmax
+from tests.drafters import GREEDY, KnowingDrafter, prompt_of, run
+from tests.tiny import VOCAB_SIZE, WINDOW, tiny_config, tiny_weights, write_checkpoint
+
+DEPTHS: tuple[Any, ...] = (1, 2, 3, "auto")
+ERRORS = {"always wrong": 1.0, "half wrong": 0.5, "perfect": 0.0, "trained": None}
+
+
+@pytest.fixture(scope="session")
+def nano() -> Model:
+    """The bundled model in float32, compiled as the command line runs it."""
+    model = load_checkpoint(resolve_model("nano"), "float32")
+    prepare(model)
+    return model
+
+
+class Oracle:
+    """What mlx-lm's `generate_step` says to a prompt of a given length, over the same float32 arrays."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._reference = oracle(model)
+        self._texts: dict[tuple[int, int], list[int]] = {}
+
+    def text(self, length: int, num_tokens: int) -> list[int]:
+        """The prompt and its greedy continuation."""
+        if (length, num_tokens) not in self._texts:
+            prompt = prompt_of(length, self._model.config.vocab_size)
+            steps = generate_step(mx.array(prompt), self._reference, max_tokens=num_tokens)
+            self._texts[length, num_tokens] = prompt + [int(token) for token, _ in steps]
+        return self._texts[length, num_tokens]
+
+
+def oracle(model: Model) -> Any:
+    """mlx-lm's model over the same arrays."""
+    reference = step3p5.Model(step3p5.ModelArgs.from_dict(dict(model.config.raw)))
+    arrays = tree_flatten(model.parameters())
+    reference.load_weights([item for item in arrays if not item[0].startswith("mtp.")], strict=True)
+    return reference
+
+
+@pytest.fixture(scope="session")
+def nano_oracle(nano: Model) -> Oracle:
+    return Oracle(nano)
+
+
+@pytest.fixture(scope="module")
+def tiny_oracle(tiny_model: Model) -> Oracle:
+    return Oracle(tiny_model)
+
+
+def lengths(window: int) -> list[int]:
+    return [1, 5, *range(window - 3, window + 4), 2 * window, 400]
+
+
+def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """A small selection of combinations in which every pair of values of two factors occurs."""
+    needed = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(range(len(factors)), 2)
+        for x in range(len(factors[a]))
+        for y in range(len(factors[b]))
+    }
+    rows: list[tuple[Any, ...]] = []
+    generator = random.Random(0)
+    while needed:
+        candidates = [tuple(generator.randrange(len(f)) for f in factors) for _ in range(60)]
+
+        def pairs(row: tuple[int, ...]) -> set[Any]:
+            return set(itertools.combinations(enumerate(row), 2))
+
+        best = max(candidates, key=lambda row: len(pairs(row) & needed))
+        if pairs(best) & needed:
+            needed -= pairs(best)
+            rows.append(tuple(factor[index] for factor, index in zip(factors, best, strict=True)))
+    return rows
+
+
+def check_greedy(
+    model: Model, oracle: Oracle, length: int, mtp: Any, lookup: bool, drafter: str, num_tokens: int
+) -> None:
+    """One cell of the matrix."""
+    text, error = oracle.text(length, num_tokens), ERRORS[drafter]
+    knowing = None
+    if error is not None:
+        knowing = KnowingDrafter(text, model.config.vocab_size, error, seed=length)
+    tokens = run(model, text[:length], num_tokens, mtp=mtp, lookup=lookup, drafter=knowing)
+    assert tokens == text[length:]
+
+
+TINY_MATRIX = (lengths(WINDOW), DEPTHS, (False, True), tuple(ERRORS))
+
+
+@pytest.mark.parametrize(("length", "mtp", "lookup", "drafter"), pairwise(*TINY_MATRIX))
+def test_greedy_tokens_are_those_of_mlx_lm(
+    tiny_model: Model, tiny_oracle: Oracle, length: int, mtp: Any, lookup: bool, drafter: str
+) -> None:
+    check_greedy(tiny_model, tiny_oracle, length, mtp, lookup, drafter, num_tokens=40)
+
+
+@pytest.mark.parametrize("drafter", ERRORS)
+@pytest.mark.parametrize(("length", "mtp", "lookup"), [(61, 3, False), (64, 2, True), (130, "auto", True)])
+def test_greedy_tokens_of_nano_are_those_of_mlx_lm(
+    nano: Model, nano_oracle: Oracle, length: int, mtp: Any, lookup: bool, drafter: str
+) -> None:
+    check_greedy(nano, nano_oracle, length, mtp, lookup, drafter, num_tokens=40)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("drafter", ERRORS)
+@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize("mtp", DEPTHS)
+@pytest.mark.parametrize("length", lengths(64))
+def test_whole_greedy_matrix(
+    nano: Model, nano_oracle: Oracle, length: int, mtp: Any, lookup: bool, drafter: str
+) -> None:
+    check_greedy(nano, nano_oracle, length, mtp, lookup, drafter, num_tokens=300)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("drafter", ERRORS)
+@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize("mtp", DEPTHS)
+@pytest.mark.parametrize("length", lengths(WINDOW))
+def test_whole_greedy_matrix_of_the_tiny_model(
+    tiny_model: Model, tiny_oracle: Oracle, length: int, mtp: Any, lookup: bool, drafter: str
+) -> None:
+    check_greedy(tiny_model, tiny_oracle, length, mtp, lookup, drafter, num_tokens=300)
+
+
+def test_rejections_fall_on_every_offset_around_the_wrap(tiny_model: Model) -> None:
+    prompt = prompt_of(5, VOCAB_SIZE)
+    expected = run(tiny_model, prompt, 150)
+    drafter = KnowingDrafter(prompt + expected, VOCAB_SIZE, 0.5)
+    assert run(tiny_model, prompt, 150, mtp=3, drafter=drafter) == expected
+    # The buffer of a sliding layer is compacted at the latest every window + slack tokens.
+    period = WINDOW + tiny_model.make_cache().slack
+    assert {position % period for position in drafter.errors} == set(range(period))
+
+
+@pytest.mark.parametrize("mtp", DEPTHS)
+@pytest.mark.parametrize("length", [1, WINDOW, 30])
+def test_seeded_tokens_do_not_depend_on_the_depth(tiny_model: Model, mtp: Any, length: int) -> None:
+    sampling = SamplingParams(temperature=1.0, top_p=0.95, seed=length - 40)
+    prompt = prompt_of(length, VOCAB_SIZE)
+    expected = run(tiny_model, prompt, 60, sampling)
+    assert run(tiny_model, prompt, 60, sampling, mtp=mtp) == expected
+    assert run(tiny_model, prompt, 60, sampling, mtp=mtp, lookup=True) == expected
+
+
+def test_seeded_tokens_go_on_over_turns(tiny_model: Model) -> None:
+    sampling = SamplingParams(temperature=1.0, seed=8)
+    prompt = prompt_of(9, VOCAB_SIZE)
+    whole = run(tiny_model, prompt, 40, sampling)
+    cache = tiny_model.make_cache()
+    parts = run(tiny_model, prompt, 15, sampling, cache=cache, mtp=3)
+    assert parts + run(tiny_model, [], 25, sampling, cache=cache, mtp=2) == whole
+
+
+class TestDraftState:
+    """Drafts after any history equal those of a fresh run over the same tokens."""
+
+    def fresh(self, model: Model, tokens: list[int], drafts: list[int]) -> list[mx.array]:
+        """Draft logits of a teacher-forced run over everything, one per draft."""
+        known, rows = [*tokens, *drafts], len(tokens) - 1
+        hidden, logits = model.hidden(mx.array([tokens[:-1]])), []
+        for k in range(len(drafts)):
+            ids = mx.array([known[1 + k : 1 + k + rows]])
+            hidden = model.mtp.step(k, model.embed(ids), hidden, None)
+            logits.append(model.mtp.logits(k, hidden[:, -1:])[0, 0])
+        return logits
+
+    @pytest.mark.parametrize("compiled", [False, True], ids=["as written", "compiled"])
+    def test_after_random_histories(self, tiny_path: Any, compiled: bool) -> None:
+        model = load_checkpoint(tiny_path)
+        if compiled:
+            prepare(model)
+        generator = random.Random(1)
+        tokens = prompt_of(30, VOCAB_SIZE)
+        cache, state = model.make_cache(), DraftState(model.mtp, model.embed)
+        state.extend(model.hidden(mx.array([tokens[:-1]]), cache), 0)
+        for number in range(60 if compiled else 200):
+            # Now and then no layer, or only the first, is used for longer than the window.
+            depth = generator.choice([0, 1] if number % 50 > 30 else [0, 1, 2, 3, 3])
+            drafts: list[int] = []
+            if depth:
+                seen: list[mx.array] = []
+
+                def choose(logits: mx.array, _: Any, seen: list[mx.array] = seen) -> tuple[mx.array, None]:
+                    seen.append(logits[0])
+                    return mx.argmax(logits, axis=-1), None
+
+                drafts = state.propose(depth, tokens, choose).tokens.tolist()
+                for logits, expected in zip(seen, self.fresh(model, tokens, drafts), strict=True):
+                    assert mx.abs(logits - expected).max().item() < 1e-4
+            accepted = generator.randint(0, depth)
+            # What follows the accepted drafts is not the next draft.
+            excluded = drafts[accepted] if accepted < depth else -1
+            correction = generator.choice([t for t in range(VOCAB_SIZE) if t != excluded])
+            at = cache.offset
+            hidden = model.hidden(mx.array([[tokens[-1], *drafts]]), cache)
+            cache.rollback(depth - accepted)
+            state.settle(accepted)
+            state.extend(hidden[:, : accepted + 1], at)
+            tokens += [*drafts[:accepted], correction]
+            assert state.end == cache.offset == len(tokens) - 1
+
+    @pytest.mark.parametrize("depth", [1, 2, 3])
+    def test_only_the_useful_rows_matter(self, tiny_model: Model, depth: int) -> None:
+        """d drafts see the newest row and d * (window - 1) before it, not one more, and all of these."""
+        tokens = prompt_of(60, VOCAB_SIZE)
+        hidden = tiny_model.hidden(mx.array([tokens[:-1]]))
+        oldest = len(tokens) - 2 - depth * (WINDOW - 1)
+
+        def logits(poisoned: int) -> list[mx.array]:
+            state = DraftState(tiny_model.mtp, tiny_model.embed)
+            rows = mx.arange(hidden.shape[1])[:, None]
+            state.extend(mx.where(rows == poisoned, 100.0, hidden), 0)
+            seen: list[mx.array] = []
+            forced = iter([3, 4, 5])
+
+            def choose(logits: mx.array, _: Any) -> tuple[mx.array, None]:
+                seen.append(logits[0])
+                return mx.array([next(forced)], dtype=mx.uint32), None
+
+            state.propose(depth, tokens, choose)
+            return seen
+
+        clean = logits(-1)
+        assert all(map(mx.array_equal, clean, logits(oldest - 1)))
+        # The last draft is the one that reaches furthest.
+        assert not mx.array_equal(clean[-1], logits(oldest)[-1])
+
+    def test_nothing_older_is_kept(self, tiny_model: Model) -> None:
+        state = DraftState(tiny_model.mtp, tiny_model.embed)
+        assert state.num_useful_rows == 3 * (WINDOW - 1) + 1
+        for at in range(0, 1000, 4):
+            state.extend(mx.zeros((1, 4, tiny_model.config.hidden_size)), at)
+        row_bytes = 4 * tiny_model.config.hidden_size
+        assert state.snapshot().nbytes < (state.num_useful_rows + 5) * row_bytes
+
+    def test_a_snapshot_is_the_state(self, tiny_model: Model) -> None:
+        tokens = prompt_of(60, VOCAB_SIZE)
+        state = DraftState(tiny_model.mtp, tiny_model.embed)
+        state.extend(tiny_model.hidden(mx.array([tokens[:-1]])), 0)
+        copy = DraftState.from_snapshot(tiny_model.mtp, tiny_model.embed, state.snapshot())
+
+        def drafts(of: DraftState) -> list[int]:
+            def choose(logits: mx.array, _: Any) -> tuple[mx.array, None]:
+                return mx.argmax(logits, axis=-1), None
+
+            return of.propose(3, tokens, choose).tokens.tolist()  # type: ignore[no-any-return]
+
+        assert copy.end == state.end and drafts(copy) == drafts(state)
+
+    def test_heads_are_separate(self, tiny_path: Any) -> None:
+        """lm_head plays no part in drafting, and each head only in its own draft."""
+        model = load_checkpoint(tiny_path)
+        tokens = prompt_of(40, VOCAB_SIZE)
+
+        def logits() -> list[mx.array]:
+            state = DraftState(model.mtp, model.embed)
+            state.extend(model.hidden(mx.array([tokens[:-1]])), 0)
+            seen: list[mx.array] = []
+
+            def choose(logits: mx.array, _: Any) -> tuple[mx.array, None]:
+                seen.append(logits[0])
+                return mx.array([7], dtype=mx.uint32), None
+
+            state.propose(3, tokens, choose)
+            mx.eval(seen)
+            return seen
+
+        clean = logits()
+        model.lm_head.weight = model.lm_head.weight + 1
+        assert all(map(mx.array_equal, clean, logits()))
+        for k in range(3):
+            output = model.mtp.layers[k].shared_head.output
+            weight, output.weight = output.weight, output.weight + 1
+            assert [bool(mx.array_equal(a, b)) for a, b in zip(clean, logits(), strict=True)] == [
+                index != k for index in range(3)
+            ]
+            output.weight = weight
+
+
+# --- The distribution, end to end ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Vocabulary 12, so that all continuations of three tokens can be counted; flat enough to reach them."""
+    raw = tiny_config(vocab_size=12, eos_token_id=[1, 2])
+    tensors = tiny_weights(raw, seed=2)
+    for name in tensors:
+        if name == "lm_head.weight" or name.endswith("shared_head.output.weight"):
+            tensors[name] = tensors[name] * 0.4
+    return load_checkpoint(write_checkpoint(tmp_path_factory.mktemp("small") / "model", raw, tensors))
+
+
+def enumerated(model: Model, prompt: list[int], params: SamplingParams, num_tokens: int = 3) -> np.ndarray:
+    """The exact probability of every continuation, an axis per token."""
+    size = model.config.vocab_size
+    chooser = Chooser(params)
+    probabilities = np.ones([1])
+    for length in range(num_tokens):
+        rest = list(itertools.product(range(size), repeat=length))
+        logits = model(mx.array([[*prompt, *tokens] for tokens in rest]))[:, -1]
+        rows = [
+            chooser.process(row[None], [*prompt, *tokens], mx.array([], dtype=mx.uint32))
+            for row, tokens in zip(logits, rest, strict=True)
+        ]
+        following = np.exp(np.array(log_softmax(chooser.scaled(mx.concatenate(rows))), dtype=np.float64))
+        probabilities = (probabilities[:, None] * following).reshape(-1)
+    return probabilities.reshape([size] * num_tokens)
+
+
+def sampled(
+    model: Model, prompt: list[int], params: SamplingParams, count: int, mtp: Any, drafter: Any = None
+) -> np.ndarray:
+    """Counts of the first three tokens over `count` runs from one prefilled cache."""
+    counts = np.zeros([model.config.vocab_size] * 3)
+    cache = model.make_cache()
+    hidden = model.hidden(mx.array([prompt[:-1]]), cache) if len(prompt) > 1 else None
+    snapshot = cache.snapshot()
+    mx.eval(cache.state)
+    for number in range(count):
+        mx.random.seed(number)
+        cache.restore(snapshot)
+        cache.tokens, cache.pending = prompt[:-1], prompt[-1:]
+        cache.mtp = DraftState(model.mtp, model.embed)
+        if hidden is not None:
+            cache.mtp.extend(hidden, 0)
+        # One token more, so that a round of three drafts fits.
+        stream = decode(model, [], cache, params, DecodeOptions(5, mtp, False), drafter=drafter)
+        counts[tuple(next(stream).token for _ in range(3))] += 1
+        stream.close()
+    return counts
+
+
+def surplus(counts: np.ndarray, expected: np.ndarray) -> float:
+    from tests.test_sampling import chi_square
+
+    return chi_square(counts.ravel(), expected.ravel() * counts.sum())
+
+
+CONDITIONS = {
+    "before the window": (3, 3, SamplingParams(temperature=1.0)),
+    "at the window": (WINDOW, 3, SamplingParams(temperature=1.0)),
+    "after the window": (3 * WINDOW, 3, SamplingParams(temperature=1.0)),
+    "top-p, cool": (WINDOW + 1, 2, SamplingParams(temperature=0.6, top_p=0.9)),
+    "top-k and min-p": (5, 1, SamplingParams(temperature=1.3, top_k=6, min_p=0.05)),
+    "penalties": (
+        2 * WINDOW,
+        3,
+        SamplingParams(temperature=1.0, repetition_penalty=1.5, presence_penalty=0.5),
+    ),
+}
+
+
+def check_distribution(model: Model, name: str, count: int) -> None:
+    length, mtp, params = CONDITIONS[name]
+    prompt = prompt_of(length, model.config.vocab_size)
+    expected = enumerated(model, prompt, params)
+    assert expected.sum() == pytest.approx(1)
+    assert surplus(sampled(model, prompt, params, count, mtp), expected) < 4
+
+
+@pytest.mark.parametrize("name", ["after the window"])
+def test_three_tokens_have_the_models_distribution(small: Model, name: str) -> None:
+    check_distribution(small, name, 500)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_three_tokens_have_the_models_distribution_in_many_draws(small: Model, name: str) -> None:
+    check_distribution(small, name, 4000)
+
+
+class Claiming:
+    """The real drafts with a distribution that they were not sampled from."""
+
+    def __init__(self, state: DraftState, vocab_size: int) -> None:
+        self._state = state
+        self._vocab_size = vocab_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def propose(self, depth: int, tokens: Sequence[int], choose: Any) -> Proposal:
+        proposal = self._state.propose(depth, tokens, choose)
+        uniform = mx.full((depth, self._vocab_size), -float(np.log(self._vocab_size)))
+        return Proposal(proposal.tokens, uniform)
+
+
+@pytest.mark.exhaustive
+def test_the_end_to_end_statistic_notices_a_wrong_draft_distribution(small: Model) -> None:
+    length, mtp, params = CONDITIONS["after the window"]
+    prompt = prompt_of(length, small.config.vocab_size)
+    counts = np.zeros([12] * 3)
+    for number in range(3000):
+        mx.random.seed(number)
+        cache = small.make_cache()
+        cache.mtp = DraftState(small.mtp, small.embed)
+        drafter = Claiming(cache.mtp, 12)
+        stream = decode(small, prompt, cache, params, DecodeOptions(5, mtp, False), drafter=drafter)
+        counts[tuple(next(stream).token for _ in range(3))] += 1
+        stream.close()
+    assert surplus(counts, enumerated(small, prompt, params)) > 6
+
+
+@pytest.mark.exhaustive
+def test_two_tokens_of_nano_have_its_distribution(nano: Model) -> None:
+    params = SamplingParams(temperature=1.0, top_k=20)
+    prompt = prompt_of(100, 300)
+    size = nano.config.vocab_size
+    chooser = Chooser(params)
+    first = np.exp(np.array(log_softmax(chooser.scaled(nano(mx.array([prompt]))[:, -1])), dtype=np.float64))[
+        0
+    ]
+    support = first.nonzero()[0].tolist()
+    logits = nano(mx.array([[*prompt, token] for token in support]))[:, -1]
+    second = np.exp(np.array(log_softmax(chooser.scaled(logits)), dtype=np.float64))
+    expected = np.zeros([size, size])
+    expected[support] = first[support][:, None] * second
+    pairs = np.zeros([size, size])
+    for number in range(3000):
+        mx.random.seed(number)
+        cache = nano.make_cache()
+        stream = decode(nano, prompt, cache, params, DecodeOptions(4, 3, False))
+        pairs[tuple(next(stream).token for _ in range(2))] += 1
+        stream.close()
+    assert pairs[expected == 0].sum() == 0
+    reached = expected > 0
+    assert surplus(pairs[reached], expected[reached]) < 4
+
+
+@pytest.mark.parametrize("mtp", [1, 3])
+def test_quantised_tokens_have_maximal_logits(nano_4bit: Model, mtp: int) -> None:
+    """Several rows round otherwise than one, so only nearly equal tokens may change places."""
+    prompt = prompt_of(70, 300)
+    tokens = run(nano_4bit, prompt, 60, mtp=mtp)
+    logits = nano_4bit(mx.array([prompt + tokens]))[0, len(prompt) - 1 : -1]
+    given = mx.take_along_axis(logits, mx.array(tokens)[:, None], axis=-1)[:, 0]
+    assert (logits.max(axis=-1) - given).max().item() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def nano_4bit(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """nano with 4-bit weights, its heads too."""
+    from mlx_step35.convert import convert
+
+    path = tmp_path_factory.mktemp("nano") / "4bit"
+    convert(str(resolve_model("nano")), str(path), quantize=True, q_bits=4)
+    return load_checkpoint(path)
+
+
+def test_greedy_is_the_limit_of_temperature(tiny_model: Model) -> None:
+    prompt = prompt_of(20, VOCAB_SIZE)
+    cold = SamplingParams(temperature=1e-4)
+    assert run(tiny_model, prompt, 40, cold, mtp=3) == run(tiny_model, prompt, 40, GREEDY)
