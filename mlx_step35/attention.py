@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_step35.cache import AttentionCache, Mask, window_mask
 from mlx_step35.config import LayerConfig, Llama3Scaling, ModelConfig, RopeConfig
+from mlx_step35.products import attend
 
 # Fewer queries in one attention call than this are not worth a call.
 MIN_BLOCK = 128
@@ -62,19 +63,19 @@ class Attention(nn.Module):
         length, num_past = queries.shape[2], keys.shape[2] - queries.shape[2]
         block = max(self.window or length, MIN_BLOCK)
         if self.window is None or length < 2 * block:
-            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
+            return attend(queries, keys, values, self.scale, mask)
         # A long chunk in blocks, each over the keys its windows reach: in one call most scores are masked.
         outputs = []
         for start in range(0, length, block):
             end = min(start + block, length)
             first = max(num_past + start - (self.window - 1), 0)
             outputs.append(
-                mx.fast.scaled_dot_product_attention(
+                attend(
                     queries[:, :, start:end],
                     keys[:, :, first : num_past + end],
                     values[:, :, first : num_past + end],
-                    scale=self.scale,
-                    mask=window_mask(end - start, num_past + start - first, self.window),
+                    self.scale,
+                    window_mask(end - start, num_past + start - first, self.window),
                 )
             )
         return mx.concatenate(outputs, axis=2)

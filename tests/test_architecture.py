@@ -19,6 +19,7 @@ GROUPS = [
     {"recipes", "speed"},
     {"depth", "lookup"},
     {"cache", "sampling", "chat"},
+    {"products"},
     {"attention", "moe"},
     {"model"},
     {"mtp"},

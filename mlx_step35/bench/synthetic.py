@@ -146,7 +146,9 @@ def _random(weight: Weight, packing: Quantization | None, dtype: mx.Dtype) -> li
     arrays = []
     for tensor in stored_tensors(weight, packing, "BF16"):
         if tensor.dtype == "U32":
-            array = mx.random.bits(tensor.shape)
+            # One expert's bits serve all; each still has memory of its own.
+            bits = mx.random.randint(0, 2**31 - 1, tensor.shape[-2:]).astype(mx.uint32)
+            array = mx.contiguous(mx.broadcast_to(bits, tensor.shape))
         elif tensor.dtype == "U8":
             array = mx.full(tensor.shape, 120, dtype=mx.uint8)
         else:
@@ -198,9 +200,13 @@ def _head_times(config: ModelConfig, choice: Quantization) -> LayerTimes:
     """Embedding of a token, final norm and head; a prefill chunk needs the head for one row."""
     model = random_model(replace(config, layers=(), mtp_layers=()), choice, ["model.norm", "lm_head"])
     mx.eval(model.parameters()["lm_head"], model.parameters()["model"]["norm"])
-    hidden = {width: mx.random.normal((1, width, config.hidden_size)).astype(model.dtype) for width in WIDTHS}
-    mx.eval(list(hidden.values()))
-    steps = {width: time_step(lambda x=x: [model.logits(x)], REPEATS) for width, x in hidden.items()}
+
+    def build(width: int) -> Callable[[], list[mx.array]]:
+        x = mx.random.normal((1, width, config.hidden_size)).astype(model.dtype)
+        mx.eval(x)
+        return lambda: [model.logits(x)]
+
+    steps = {width: time_step(build(width), REPEATS) for width in WIDTHS}
     return LayerTimes("head", 1, steps, steps[1].total_s)
 
 
