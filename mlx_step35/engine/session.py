@@ -104,29 +104,17 @@ class Session:
 
     def sync(self, tokens: Sequence[int]) -> Reuse:
         """Bring the cache to the longest usable prefix of a prompt; at least one token is left to run."""
-        self._prompt = prompt = as_tokens(tokens)
+        self._prompt = as_tokens(tokens)
         self._stops = ()
-        limit = len(prompt) - 1
-        # Without room for any saved state nothing is kept from one prompt to the next.
-        live = common_length(as_tokens(self.cache.tokens), prompt) if self.store.limit_bytes else 0
-        here = min(live, limit)
-        match, snapshot, source = self._find(prompt, limit, here)
-        if here >= match.position and self._can_go_back(self.cache.offset - here):
-            self._go_back(here)
-            source = "live"
-        elif match.value is not None and snapshot is not None:
-            self._restore(match.value, snapshot, min(live, match.position))
-        else:
-            self._start_anew()
+        is_done = False
+        try:
+            reuse = self._sync(self._prompt)
+            is_done = True
+        finally:
+            if not is_done:
+                self.reset()
         self._mark = time.perf_counter(), self.cache.offset
-        common, found, given = match.common, match.found, match.given
-        if live > common:
-            known = self._known
-            found = int(known[live]) if live < len(known) else None
-            common, given = live, int(prompt[live]) if live < len(prompt) else None
-        if not self.cache.offset:
-            source = "none"
-        return Reuse(len(prompt), self.cache.offset, common, found, given, source)
+        return reuse
 
     def stops(self, boundaries: Iterable[int] = ()) -> tuple[int, ...]:
         """Offsets at which the prefill of the synced prompt must pause, for snapshots.
@@ -175,9 +163,27 @@ class Session:
         self._blocks = []
         self.cache = self._model.make_cache()
 
-    @property
-    def _known(self) -> list[int]:
-        return [*self.cache.tokens, *self.cache.pending]
+    def _sync(self, prompt: TokenArray) -> Reuse:
+        limit = len(prompt) - 1
+        known = as_tokens([*self.cache.tokens, *self.cache.pending])
+        # Without room for any saved state nothing is kept from one prompt to the next.
+        live = common_length(known, prompt) if self.store.limit_bytes else 0
+        here = min(live, limit, self.cache.offset)
+        match, snapshot, source = self._find(prompt, limit, here)
+        common, found, given = match.common, match.found, match.given
+        if live > common:
+            common, given = live, int(prompt[live]) if live < len(prompt) else None
+            found = int(known[live]) if live < len(known) else None
+        if here >= match.position and self._can_go_back(self.cache.offset - here):
+            self._go_back(here)
+            source = "live"
+        elif match.value is not None and snapshot is not None:
+            self._restore(match.value, snapshot, min(here, match.position))
+        else:
+            self._start_anew()
+        if not self.cache.offset:
+            source = "none"
+        return Reuse(len(prompt), self.cache.offset, common, found, given, source)
 
     def _find(
         self, prompt: TokenArray, limit: int, here: int

@@ -33,8 +33,8 @@ def read_archive(path: Path, fingerprint: str) -> list[Snapshot]:
     return snapshots
 
 
-def write_archive(path: Path, fingerprint: str, whole: Snapshot, others: Sequence[Snapshot]) -> int:
-    """Write the state at the end of a conversation and at places before it; returns the file's size.
+def write_archive(path: Path, fingerprint: str, whole: Snapshot, others: Sequence[Snapshot]) -> None:
+    """Write the state at the end of a conversation and at places before it.
 
     `whole` has no blocks, all rows are its own. Raises RequestError if the file cannot be written.
     """
@@ -45,7 +45,7 @@ def write_archive(path: Path, fingerprint: str, whole: Snapshot, others: Sequenc
     }
     record = Record(whole.tokens, 0, whole.position, whole.tail, (), tuple(parts.values()))
     try:
-        return write(path, serialize(record, fingerprint))
+        write(path, serialize(record, fingerprint))
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror}", field="prompt_cache_file") from None
 

@@ -5,6 +5,7 @@ second thread. Everything else, the deleting of what was not used for longest in
 that owns the tier. Names are keyed hashes and say nothing of the prompts; only the user can read the files.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -175,7 +176,9 @@ class DiskTier:
         evaluate(snapshot)
         self.loading_s += time.perf_counter() - start_s
         self._saved.move_to_end(name)
-        os.utime(self._directory / name)
+        # A restart tells by the times what was used last; that is all that is lost if it fails.
+        with contextlib.suppress(OSError):
+            os.utime(self._directory / name)
         return snapshot
 
     def estimated_load_s(self, name: str, stored: Callable[[bytes], Block | None]) -> float:

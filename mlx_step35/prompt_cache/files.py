@@ -29,6 +29,7 @@ from mlx_step35.prompt_cache.index import TokenArray
 from mlx_step35.prompt_cache.records import Rows, Snapshot
 
 FORMAT = "mlx_step35 prompt cache"
+DIGEST_LENGTH = 64
 VERSION = "1"
 
 _DTYPES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}
@@ -96,7 +97,29 @@ class Serialized:
 
     @property
     def nbytes(self) -> int:
-        return sum(len(view) for view in self.data)
+        """The size of the file."""
+        return len(self.head("0" * DIGEST_LENGTH)) + sum(len(view) for view in self.data)
+
+    def digest(self) -> str:
+        """Of everything that will be in the file but itself."""
+        digest = _Digest(self.metadata, self._entries())
+        for view in self.data:
+            digest.update(view)
+        return digest.hexdigest()
+
+    def head(self, digest: str) -> bytes:
+        """What stands before the data: the header and its length."""
+        header = json.dumps({"__metadata__": {**self.metadata, "digest": digest}, **self._entries()}).encode()
+        header += b" " * (-len(header) % 8)
+        return struct.pack("<Q", len(header)) + header
+
+    def _entries(self) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        end = 0
+        for (name, (dtype, shape)), view in zip(self.table.items(), self.data, strict=True):
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + len(view)]}
+            end += len(view)
+        return entries
 
 
 def serialize(record: Record, fingerprint: str) -> Serialized:
@@ -124,31 +147,20 @@ def serialize(record: Record, fingerprint: str) -> Serialized:
     return Serialized(metadata, table, data)
 
 
-def write(path: Path, serialized: Serialized) -> int:
-    """Write a file that is there whole or not at all, private to the user; returns its size."""
-    table: dict[str, Any] = {}
-    end = 0
-    for (name, (dtype, shape)), view in zip(serialized.table.items(), serialized.data, strict=True):
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + len(view)]}
-        end += len(view)
-    digest = _Digest(serialized.metadata, table)
-    for view in serialized.data:
-        digest.update(view)
-    metadata = {**serialized.metadata, "digest": digest.hexdigest()}
-    header = json.dumps({"__metadata__": metadata, **table}).encode()
-    header += b" " * (-len(header) % 8)
+def write(path: Path, serialized: Serialized) -> None:
+    """Write a file that is there whole or not at all, private to the user. Raises OSError."""
+    head = serialized.head(serialized.digest())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "wb", buffering=0) as file:
-            for view in (memoryview(struct.pack("<Q", len(header)) + header), *serialized.data):
+            for view in (memoryview(head), *serialized.data):
                 _write_all(file.fileno(), view)
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    return 8 + len(header) + end
 
 
 def read_heading(path: Path, fingerprint: str) -> Heading:
