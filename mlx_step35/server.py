@@ -74,7 +74,12 @@ class Job:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without the interpreter's own way out: MLX aborts a process that ends while another thread has used it.
+    os._exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -127,10 +127,11 @@ class Worker:
                 if request.cancelled.is_set():
                     break
                 sampled.append(decoded.token)
+                # The token that ends the thinking belongs to it, and the end token is no text.
+                was_reasoning = output.is_reasoning
                 deltas = output.push(decoded.token)
                 logprobs = None
-                # The token that ends the thinking belongs to it, and the end token is no text.
-                if request.top_logprobs is not None and not output.is_reasoning and not output.stopped:
+                if request.top_logprobs is not None and not was_reasoning and not output.stopped:
                     logprobs = read_logprobs(decoded, request.top_logprobs)
                 if deltas or logprobs:
                     job.emit(Token(index, deltas, logprobs))

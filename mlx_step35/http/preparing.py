@@ -4,6 +4,7 @@ import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mlx_step35.api.history import without_billing_headers
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 # Ends of turns that are worth a saved state beside the first, which is the system prompt's with the tools.
 NUM_LAST_BOUNDARIES = 4
+
+
+# Shorter than the longest token of any tokenizer, so that most requests need not look for that.
+MIN_LONGEST_TOKEN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,7 @@ class Preparer:
 
     def chat(self, request: ChatRequest, call_prefix: str, client: str) -> Request:
         """A chat for the engine; ids of calls start with `call_prefix`. Raises RequestError."""
+        self._check_length(request)
         prompt = self.prompt(request)
         max_tokens = self._max_tokens(request, len(prompt.ids))
         tools = () if request.tool_choice.mode == "none" else request.tools
@@ -136,6 +142,23 @@ class Preparer:
             return []
         texts = [text if isinstance(text, str) else self.tokenizer.decode(text) for text in request.prompts]
         return [text for text in texts for _ in range(request.num_choices)]
+
+    def _check_length(self, request: ChatRequest) -> None:
+        """Raises PromptTooLongError for texts that no tokenizer could make short enough.
+
+        Tokenising 10 MB takes a minute, and the worst such text is one word.
+        """
+        length = sum(len(message["content"]) for message in request.messages)
+        if length > self._context_length * MIN_LONGEST_TOKEN:
+            num_tokens = -(-length // self._longest_token)
+            if num_tokens >= self._context_length:
+                raise PromptTooLongError(num_tokens, self._context_length - 1)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token there is."""
+        tokenizer = self.tokenizer
+        return max(len(tokenizer.decode([token])) for token in range(tokenizer.vocab_size))
 
     def _request(self, request: GenerationRequest, candidates: Sequence[Candidate], client: str) -> Request:
         return Request(

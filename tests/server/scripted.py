@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,38 @@ from tests.tiny import tiny_config
 
 NANO = Path(__file__).parents[2] / "mlx_step35" / "nano"
 PREFILL_TICK_S = 0.05
-EVAL_TOKENS = 64
 # Characters encoded at once.
 CHUNK = 4096
 
-# From the last user text and the last turn to the text to generate, from inside the thinking block on.
-Script = Callable[[str, str], str]
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a script sees: the whole prompt, and the user's last text in it."""
+
+    text: str
+
+    @property
+    def turns(self) -> list[str]:
+        """Every turn, the opened one of the answer last."""
+        return self.text.split("<|im_start|>")
+
+    @property
+    def user_text(self) -> str:
+        turn = next((turn for turn in reversed(self.turns) if turn.startswith("user\n")), "")
+        return turn.removeprefix("user\n").split("<|im_end|>")[0]
+
+
+# What to generate, from inside the thinking block on.
+Script = Callable[[Conversation], str]
 
 
 def nano_texts() -> tuple[Tokenizer, ChatTemplate]:
     return Tokenizer.from_directory(NANO), ChatTemplate.from_directory(NANO)
 
 
-def obey(user_text: str, last_turn: str) -> str:
+def obey(conversation: Conversation) -> str:
     """What check.py expects of a scripted engine."""
-    thoughts = "Let me think.\n</think>\n"
+    thoughts, user_text = "Let me think.\n</think>\n", conversation.user_text
     if match := re.search(r"\[(tool|tools2) (\S+) (\{.*?\})\]", user_text):
         call = render_call(match[2], json.loads(match[3]))
         return thoughts + call * (2 if match[1] == "tools2" else 1)
@@ -83,29 +101,37 @@ class ScriptedDecode:
         stats: DecodeStats,
         controller: object,
     ) -> Iterator[Decoded]:
-        text = self._tokenizer.decode([*cache.tokens, *cache.pending, *prompt])
-        turns = text.split("<|im_start|>")
-        user_text = next((turn for turn in reversed(turns) if turn.startswith("user\n")), "")
-        user_text = user_text.removeprefix("user\n").split("<|im_end|>")[0]
+        conversation = Conversation(self._tokenizer.decode([*cache.tokens, *cache.pending, *prompt]))
+        user_text = conversation.user_text
         stats.prompt_tokens, stats.cached_tokens = len(prompt), len(cache.tokens)
         self._prefill(cache, [*cache.pending, *prompt], options, on_prefill, user_text)
         if "[fail-prefill]" in user_text:
             raise RuntimeError("the script says so")
-        output = self._script(user_text, turns[-2] if len(turns) > 1 else "")
-        is_closed = turns[-1].rstrip().endswith("</think>")
+        output = self._script(conversation)
+        is_closed = conversation.text.rstrip().endswith("</think>")
         if is_closed:
             output = output.partition("</think>\n")[2]
-        for count, token in enumerate(self._allowed(self._tokens(output), constraint)):
-            if count == options.max_tokens:
-                return
-            if "[fail]" in user_text and count == 5:
-                raise RuntimeError("the script says so")
-            if self._token_s:
-                time.sleep(self._token_s)
-            self._accept(cache, token, stats)
-            if constraint is not None:
-                constraint.advance(token)
-            yield Decoded(token, self._row(), False)
+        given: list[int] = []
+        try:
+            for token in self._allowed(self._tokens(output), constraint):
+                if len(given) == options.max_tokens:
+                    return
+                if "[fail]" in user_text and len(given) == 5:
+                    raise RuntimeError("the script says so")
+                if self._token_s:
+                    time.sleep(self._token_s)
+                given.append(token)
+                stats.generated_tokens += 1
+                stats.forward_passes += 1
+                if constraint is not None:
+                    constraint.advance(token)
+                yield Decoded(token, self._row(), False)
+        finally:
+            # All but the newest token have been run, as after a real decode.
+            if len(given) > 1:
+                _fill(cache, len(given) - 1)
+            cache.tokens += given[:-1]
+            cache.pending = given[-1:]
 
     def _tokens(self, output: str) -> Iterator[int]:
         """The output's tokens and the end; a long one is not encoded before it is needed."""
@@ -165,16 +191,6 @@ class ScriptedDecode:
             at = stop
             on_prefill(at, len(ids))
 
-    def _accept(self, cache: ModelCache, token: int, stats: DecodeStats) -> None:
-        if cache.pending:
-            _fill(cache, len(cache.pending))
-            cache.tokens += cache.pending
-        cache.pending = [token]
-        stats.generated_tokens += 1
-        stats.forward_passes += 1
-        if stats.generated_tokens % EVAL_TOKENS == 0:
-            mx.eval(cache.state)
-
     def _row(self) -> mx.array:
         if self._logprobs is None:
             self._logprobs = mx.log(mx.full((self._tokenizer.vocab_size,), 1 / self._tokenizer.vocab_size))
@@ -189,7 +205,11 @@ def _fill(cache: ModelCache, num_tokens: int) -> None:
 
 
 def scripted_runner(
-    tokenizer: Tokenizer, context_length: int, script: Script = obey, token_s: float = 0.0
+    tokenizer: Tokenizer,
+    context_length: int,
+    script: Script = obey,
+    token_s: float = 0.0,
+    prompt_cache_bytes: int = 10**9,
 ) -> Runner:
     """A runner whose model is never asked; to be made on the engine's thread."""
     raw = tiny_config(
@@ -202,5 +222,5 @@ def scripted_runner(
     raw["attention_other_setting"] |= {"num_attention_heads": 1, "num_attention_groups": 1, "head_dim": 4}
     raw["attention_other_setting"]["true_head_dim"] = 4
     model = Model(ModelConfig.from_hf(raw))
-    session = Session(model, PromptCacheStore(10**9))
+    session = Session(model, PromptCacheStore(prompt_cache_bytes))
     return Runner(model, session, Settings(2048), ScriptedDecode(tokenizer, script, token_s))

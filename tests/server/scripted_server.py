@@ -11,10 +11,10 @@ from mlx_step35.http.access import QuietBreaks
 from mlx_step35.http.preparing import Preparer
 from mlx_step35.http.settings import GenerationDefaults, ServerSettings
 from mlx_step35.server import serve
-from tests.server.scripted import nano_texts, obey, scripted_runner
+from tests.server.scripted import Script, nano_texts, obey, scripted_runner
 
 
-def main() -> int:
+def main(script: Script = obey) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=8090)
     parser.add_argument("--key", default="sk-test")
@@ -23,12 +23,16 @@ def main() -> int:
     parser.add_argument("--queue", type=int, default=4)
     parser.add_argument("--keepalive", type=float, default=1.5)
     parser.add_argument("--token-s", type=float, default=0.0)
+    parser.add_argument("--prompt-cache-bytes", type=int, default=10**9)
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("uvicorn.error").addFilter(QuietBreaks())
     tokenizer, template = nano_texts()
     preparer = Preparer(tokenizer, template, GenerationDefaults(), options.ctx)
-    engine = Engine(lambda: scripted_runner(tokenizer, options.ctx, obey, options.token_s), options.queue)
+    engine = Engine(
+        lambda: scripted_runner(tokenizer, options.ctx, script, options.token_s, options.prompt_cache_bytes),
+        options.queue,
+    )
     settings = ServerSettings(
         served=Served("step-3.5-flash", frozenset({"nano"}), options.ctx, 1_760_000_000),
         api_key=options.key,

@@ -60,7 +60,7 @@ def test_developer_messages_are_system_text(server: Running) -> None:
 
 def test_two_calls_stream_in_order() -> None:
     case = CASES["CASE06"]
-    with running(lambda user, last: case["input"]["scripted_output"]) as server:
+    with running(lambda conversation: case["input"]["scripted_output"]) as server:
         *chunks, done = events(server, CHAT, {"model": MODEL, **case["input"]["body"]})
     assert done == "[DONE]"
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
@@ -87,7 +87,7 @@ def test_two_calls_stream_in_order() -> None:
 @pytest.mark.parametrize("name", ["CASE07", "CASE08"])
 def test_cut_answers_end_with_length(name: str, is_stream: bool) -> None:
     given = CASES[name]["input"]
-    with running(lambda user, last: given["scripted_output"]) as server:
+    with running(lambda conversation: given["scripted_output"]) as server:
         num_tokens = len(server.preparer.tokenizer.encode(given["scripted_output"]))
         body = {"model": MODEL, **given["body"], "max_tokens": num_tokens}
         if is_stream:
@@ -165,7 +165,7 @@ def test_thinking_text_and_call_are_blocks_in_order() -> None:
     given = CASES["CASE18"]["input"]
     body = {"model": MODEL, "max_tokens": 500, "messages": [{"role": "user", "content": "go"}]}
     body |= {"tools": given["tools"], **given["body_extra"]}
-    with running(lambda user, last: given["scripted_output"]) as server:
+    with running(lambda conversation: given["scripted_output"]) as server:
         data = [one for one in events(server, "/v1/messages", body) if one["type"] != "ping"]
     assert data[0]["message"]["usage"]["input_tokens"] > 0 and data[0]["message"]["content"] == []
     blocks = [one["content_block"]["type"] for one in data if one["type"] == "content_block_start"]
