@@ -1,4 +1,4 @@
-"""With real weights, on a machine that holds them: `make real MODEL=DIR`, a directory that stock mlx-lm loads too.
+"""With real weights, on a Mac: `make real MODEL=DIR`, a directory that stock mlx-lm loads too.
 
 MLX_STEP35_REAL_CONTEXT sets the length of the recall test (default 32768 tokens).
 """
