@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlx_step35.config import LayerConfig, Llama3Scaling, ModelConfig
-from mlx_step35.config.fields import IGNORED
+from mlx_step35.config.fields import ALIASES, FIXED, IGNORED, READ
 from mlx_step35.errors import ConfigError
 from tests.tiny import tiny_config
 
@@ -327,3 +329,25 @@ class TestRefusals:
         entry = {"rope_type": "default", "rope_theta": 1e4}
         refused(tiny_config(rope_parameters={"full_attention": entry}), "rope_parameters", "sliding")
         refused(tiny_config(rope_parameters=entry), "rope_parameters")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "3,4", "x", "dense"]),
+    lambda values: st.lists(values, max_size=9) | st.dictionaries(st.sampled_from(["bits", "a"]), values),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(name=st.sampled_from([*READ, *FIXED, *ALIASES]), value=JSON, repeat=st.booleans())
+def test_no_value_of_any_key_is_worse_than_refused(name: str, value: object, repeat: bool) -> None:
+    raw = tiny_config() | {name: [value] * 6 if repeat else value}
+    if name != "moe_layers_enum":
+        del raw["moe_layers_enum"]
+        raw.setdefault("mlp_layer_types", ["dense"] + ["sparse"] * 5)
+    try:
+        config = ModelConfig.from_hf(raw)
+    except ConfigError as error:
+        assert error.field in str(error)
+    else:
+        assert config.num_layers == len(config.layers)

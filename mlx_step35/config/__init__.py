@@ -183,25 +183,22 @@ def _kind(field: str, name: object) -> LayerKind:
 
 def _limit(field: str, value: object) -> float | None:
     """0 and null mean 'no clamp', not 'clamp to nothing'."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ConfigError(field, f"expected limits of 0 or more, found {value!r}")
-    return float(value) or None
+    return None if value in (None, 0) else number(field, value)
 
 
 def _moe_layers(fields: Fields) -> frozenset[int]:
     num_layers = fields.integer("num_hidden_layers")
     if not fields.boolean("use_moe", True):
         return frozenset()
-    if fields.has("mtp_mlp_layer_types") and set(fields.sequence("mtp_mlp_layer_types")) - {"dense"}:
+    mtp_kinds = fields.sequence("mtp_mlp_layer_types") if fields.has("mtp_mlp_layer_types") else []
+    if any(kind != "dense" for kind in mtp_kinds):
         raise ConfigError("mtp_mlp_layer_types", "expected 'dense' only, MTP layers have no experts here")
     if fields.has("moe_layers_enum"):
         value = fields.raw["moe_layers_enum"]
         entries = value.split(",") if isinstance(value, str) else fields.sequence("moe_layers_enum")
         try:
-            indices = frozenset(int(entry) for entry in entries if str(entry).strip())
-        except (TypeError, ValueError):
+            indices = frozenset(int(str(entry)) for entry in entries if str(entry).strip())
+        except ValueError:
             raise ConfigError("moe_layers_enum", f"expected layer numbers, found {value!r}") from None
         if any(not 0 <= index < num_layers for index in indices):
             raise ConfigError("moe_layers_enum", f"expected numbers below {num_layers}, found {value!r}")
@@ -209,7 +206,7 @@ def _moe_layers(fields: Fields) -> frozenset[int]:
     if not fields.has("mlp_layer_types"):
         raise ConfigError("moe_layers_enum", "missing, and no mlp_layer_types either")
     kinds = fields.per_layer("mlp_layer_types", None, mtp_default="dense")
-    if set(kinds) - {"sparse", "dense"}:
+    if any(kind not in ("sparse", "dense") for kind in kinds):
         raise ConfigError("mlp_layer_types", f"expected 'sparse' or 'dense', found {kinds!r}")
     if "sparse" in kinds[num_layers:]:
         raise ConfigError("mlp_layer_types", "an MTP layer is 'sparse', MTP layers have no experts here")
