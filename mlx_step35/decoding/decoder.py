@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_step35.cache import ModelCache
 from mlx_step35.decoding.records import Decoded, DecodeOptions, DecodeStats, Drafter, PrefillCallback
-from mlx_step35.decoding.setup import make_controller, make_drafter, noise_seed
+from mlx_step35.decoding.setup import fit_prefill, make_controller, make_drafter, noise_seed
 from mlx_step35.depth import PLAIN, DepthController, Offer, Plan
 from mlx_step35.errors import PromptTooLongError, RequestError
 from mlx_step35.lookup import LookupIndex
@@ -62,6 +62,7 @@ class Decoder:
         # Every token given to or by the model, the pending one included.
         self._known: list[int] = [*cache.tokens, *cache.pending]
         self._num_left = 0
+        self._step_size = options.prefill_step_size
         self._round_start_s = 0.0
 
     def use_drafts(self, drafter: Drafter | None, controller: DepthController | None) -> None:
@@ -84,6 +85,7 @@ class Decoder:
             raise RequestError("the prompt is empty", field="prompt")
         if num_tokens >= limit:
             raise PromptTooLongError(num_tokens, limit - 1)
+        self._step_size = fit_prefill(self._model, cache.offset, num_tokens, self._options.prefill_step_size)
         max_tokens = self._options.max_tokens
         self._num_left = min(max_tokens, limit - num_tokens) if max_tokens > 0 else limit - num_tokens
         self._stats.prompt_tokens += len(prompt)
@@ -118,7 +120,7 @@ class Decoder:
         at = start
         while True:
             stops = [stop for stop in options.prefill_boundaries if stop > at]
-            stop = min(end, at + options.prefill_step_size, *stops)
+            stop = min(end, at + self._step_size, *stops)
             chunk = ids[at - start : stop - start]
             hidden = self._model.hidden(mx.array(chunk, dtype=mx.uint32)[None], cache)
             cache.tokens += chunk

@@ -1,5 +1,6 @@
 """What a decode needs before it starts: the drafter, the depth controller, a seed for its noise."""
 
+import atexit
 import logging
 from typing import cast
 
@@ -10,6 +11,7 @@ from mlx_step35.cache import ModelCache
 from mlx_step35.decoding.records import DecodeOptions, DecodeStats, Drafter
 from mlx_step35.depth import DepthController, RoundBytes
 from mlx_step35.errors import RequestError
+from mlx_step35.guard import planner_of, prefill_chunk
 from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftState
 from mlx_step35.sampling import CustomSampling, SamplingParams
@@ -20,8 +22,8 @@ logger = logging.getLogger(__name__)
 def prepare(model: Model) -> None:
     """Read all weights into memory and make the model ready to decode, once per process and model.
 
-    On Metal the memory that MLX may wire is raised to what the system recommends, without which weights are
-    paged out between steps.
+    On Metal the memory that MLX may wire is raised to what the system recommends until the process exits;
+    without that weights are paged out between steps.
     """
     mx.eval(model.parameters())
     if mx.default_device().type == mx.DeviceType.cpu:
@@ -30,13 +32,22 @@ def prepare(model: Model) -> None:
         model.compile_steps()
     if mx.metal.is_available():
         limit = int(mx.device_info()["max_recommended_working_set_size"])
-        mx.set_wired_limit(limit)
+        atexit.register(mx.set_wired_limit, mx.set_wired_limit(limit))
         if mx.get_active_memory() > 0.9 * limit:
             logger.warning(
                 "the weights take %.0f of the %.0f GB that the system recommends; see iogpu.wired_limit_mb",
                 mx.get_active_memory() / 1e9,
                 limit / 1e9,
             )
+
+
+def fit_prefill(model: Model, now: int, then: int, step_size: int) -> int:
+    """Prompt tokens per pass, at most `step_size`, with which a cache can grow from `now` to `then` tokens.
+
+    Raises RequestError for a context that can never fit this machine, CapacityError for one that cannot now.
+    """
+    arrays = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    return prefill_chunk(planner_of(model.config, arrays), now, then, step_size)
 
 
 def make_drafter(

@@ -20,6 +20,7 @@ from mlx_step35.decoding import (
     prepare,
 )
 from mlx_step35.errors import RequestError
+from mlx_step35.guard import check_load
 from mlx_step35.model import Model
 from mlx_step35.sampling import CustomSampling, LogitsProcessor, SamplerFunction, SamplingParams
 
@@ -82,6 +83,8 @@ def load(
     """
     _refuse(not_served)
     path = resolve_model(path_or_repo)
+    if not lazy:
+        check_load(path)
     model = load_checkpoint(path, dtype)
     if not lazy:
         prepare(model)

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,10 +16,11 @@ from mlx_step35.chat.template import ChatTemplate
 from mlx_step35.chat.tokenizer import Tokenizer
 from mlx_step35.checkpoint import NANO, DTypeName, load_checkpoint, read_config, resolve_model
 from mlx_step35.decoding import DecodeOptions, MTPChoice, prepare
-from mlx_step35.errors import PromptTooLongError, RequestError, Step35Error
+from mlx_step35.errors import CapacityError, PromptTooLongError, RequestError, Step35Error
 from mlx_step35.generate.api import NOT_SERVED, GenerationResponse, stream_tokens
 from mlx_step35.generate.report import print_summary, stats_json
 from mlx_step35.generate.resume import PromptCacheFile
+from mlx_step35.guard import check_load
 from mlx_step35.prompt_cache.archive import check_archive_path
 from mlx_step35.sampling import CustomSampling, SamplingParams
 
@@ -51,6 +52,7 @@ class Job:
     extra_eos_tokens: tuple[str, ...]
     sampling: SamplingParams | CustomSampling
     options: DecodeOptions
+    max_context: int | None
     is_verbose: bool
     stats_path: Path | None
     prompt_cache_path: Path | None
@@ -68,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
     except Step35Error as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, RequestError) else EXIT_FAILURE
+        return EXIT_USAGE if isinstance(error, RequestError | CapacityError) else EXIT_FAILURE
 
 
 def _generate(job: Job) -> int:
@@ -78,9 +80,12 @@ def _generate(job: Job) -> int:
     tokenizer = Tokenizer.from_directory(path)
     ids = _prompt_ids(job, path, tokenizer)
     # Known before the weights are read, which takes minutes with the real model.
-    limit = read_config(path).context_length
+    context_length = read_config(path).context_length
+    limit = min(job.max_context or context_length, context_length)
     if len(ids) >= limit:
         raise PromptTooLongError(len(ids), limit - 1)
+    options = replace(job.options, max_tokens=_bounded(job.options.max_tokens, limit - len(ids)))
+    check_load(path, job.max_context or len(ids))
     model = load_checkpoint(path, job.dtype)
     prepare(model)
     eos_token_ids = {*model.config.eos_token_ids, *(_token_id(tokenizer, t) for t in job.extra_eos_tokens)}
@@ -91,7 +96,7 @@ def _generate(job: Job) -> int:
         print("=" * 10)
     bar = _PrefillBar(job.options.prefill_step_size)
     saved = PromptCacheFile(job.prompt_cache_path, model, path) if job.prompt_cache_path else None
-    rest, cache, options = saved.start(ids, tokenizer, job.options) if saved else (ids, None, job.options)
+    rest, cache, options = saved.start(ids, tokenizer, options) if saved else (ids, None, options)
 
     def on_prefill(done: int, total: int) -> None:
         bar.update(done, total)
@@ -141,6 +146,10 @@ def _prompt_ids(job: Job, path: Path, tokenizer: Tokenizer) -> list[int]:
         messages.insert(0, {"role": "system", "content": job.system_prompt})
     rendered = ChatTemplate.from_directory(path).render(messages, **job.template_options)
     return tokenizer.encode_rendered(rendered) + tokenizer.encode(job.prefill_response or "")
+
+
+def _bounded(max_tokens: int, room: int) -> int:
+    return room if max_tokens < 0 else min(max_tokens, room)
 
 
 def _token_id(tokenizer: Tokenizer, token: str) -> int:
@@ -197,6 +206,7 @@ def _job(args: argparse.Namespace) -> Job:
         extra_eos_tokens=tuple(args.extra_eos_token),
         sampling=_sampling(args),
         options=DecodeOptions(args.max_tokens, args.mtp, not args.no_lookup, args.prefill_step_size),
+        max_context=args.max_context,
         is_verbose=args.verbose,
         stats_path=args.stats,
         prompt_cache_path=args.prompt_cache_file,
@@ -276,6 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ignore-chat-template", action="store_true", help="use the prompt as it is")
     add("--chat-template-config", help="JSON object of further variables for the chat template")
     add("--extra-eos-token", nargs="+", default=(), help="more tokens that end the text, by name or id")
+    add("--max-context", type=_positive, help="tokens of prompt and output together, at most")
     add("--prefill-step-size", type=int, default=2048, help="prompt tokens per pass (default: %(default)s)")
     add(
         "--dtype",
@@ -306,6 +317,12 @@ def _mtp(text: str) -> MTPChoice | int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected auto, off, 1, 2 or 3, found '{text}'") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens, found '{text}'")
+    return int(text)
 
 
 def _boolean(text: str) -> bool:
