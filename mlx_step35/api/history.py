@@ -1,6 +1,7 @@
 """What clients make of earlier turns, brought to one spelling, so that the next turn is the same prompt."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,13 +9,28 @@ from mlx_step35.api.types import Message
 
 # Claude Code's first system line: it changes with every session, some builds change it with every request.
 BILLING_HEADER = "x-anthropic-billing-header:"
+_BILLING_LINE = re.compile(rf"^{BILLING_HEADER}[^\n]*\n*", re.MULTILINE)
 
 _THINK, _END_THINK = "<think>", "</think>"
 
 
 def without_billing_headers(messages: Sequence[Message]) -> list[Message]:
-    """The messages, those of the system without Claude Code's billing line."""
-    return [_without_billing_header(message) for message in messages]
+    """Normalised messages, those of the system without Claude Code's billing line."""
+    kept = []
+    for message in messages:
+        if message["role"] != "system" or BILLING_HEADER not in message["content"]:
+            kept.append(message)
+        elif content := _BILLING_LINE.sub("", message["content"]):
+            kept.append({**message, "content": content})
+    return kept
+
+
+def on_its_own_line(part: Any) -> Any:
+    """A part of a system message; a billing header gets its own line, since parts are joined as they are."""
+    text = part.get("text") if isinstance(part, Mapping) else None
+    if isinstance(text, str) and text.startswith(BILLING_HEADER) and not text.endswith("\n"):
+        return {**part, "text": f"{text}\n"}
+    return part
 
 
 def readable_arguments(arguments: Any) -> Any:
@@ -35,30 +51,6 @@ def readable_arguments(arguments: Any) -> Any:
         if value is None or isinstance(value, Mapping):
             return value
     return {"arguments": arguments}
-
-
-def _without_billing_header(message: Message) -> Message:
-    content = message.get("content")
-    if message.get("role") not in ("system", "developer"):
-        return message
-    if isinstance(content, str):
-        return {**message, "content": _drop_header(content)}
-    if isinstance(content, list):
-        return {**message, "content": [_drop_part_header(part) for part in content]}
-    return message
-
-
-def _drop_part_header(part: Any) -> Any:
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return {**part, "text": _drop_header(part["text"])}
-    return part
-
-
-def _drop_header(text: str) -> str:
-    if not text.startswith(BILLING_HEADER):
-        return text
-    _, _, rest = text.partition("\n")
-    return rest.lstrip("\n")
 
 
 def split_thoughts(content: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlx_step35.api import tables
 from mlx_step35.api.fields import Fields
-from mlx_step35.api.history import readable_arguments, split_thoughts
+from mlx_step35.api.history import on_its_own_line, readable_arguments, split_thoughts
 from mlx_step35.api.tools import Tool, check_choice, read_schema, read_tool, strict_names, without_duplicates
 from mlx_step35.api.types import ChatRequest, CompletionRequest, Message, Sampling, Thinking, ToolChoice
 from mlx_step35.chat.messages import normalize_messages
@@ -107,8 +107,10 @@ def _message(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     message = dict(value)
-    content = message.get("content")
-    if message.get("role") == "assistant":
+    content, role = message.get("content"), message.get("role")
+    if role in ("system", "developer") and isinstance(content, list):
+        message["content"] = [on_its_own_line(part) for part in content]
+    elif role == "assistant":
         if isinstance(content, str) and not (message.get("reasoning_content") or message.get("reasoning")):
             message["reasoning_content"], message["content"] = split_thoughts(content)
         if isinstance(message.get("tool_calls"), list):
