@@ -13,7 +13,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import step3p5
 
 from mlx_step35.checkpoint import load_checkpoint, resolve_model
-from mlx_step35.decoding import DecodeOptions, decode, prepare
+from mlx_step35.decoding import DecodeOptions, decode, make_controller, prepare
 from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftState
 from mlx_step35.sampling import Chooser, Proposal, SamplingParams, log_softmax
@@ -148,9 +148,9 @@ def test_whole_greedy_matrix_of_the_tiny_model(
 
 def test_rejections_fall_on_every_offset_around_the_wrap(tiny_model: Model) -> None:
     prompt = prompt_of(5, VOCAB_SIZE)
-    expected = run(tiny_model, prompt, 150)
+    expected = run(tiny_model, prompt, 110)
     drafter = KnowingDrafter(prompt + expected, VOCAB_SIZE, 0.5)
-    assert run(tiny_model, prompt, 150, mtp=3, drafter=drafter) == expected
+    assert run(tiny_model, prompt, 110, mtp=3, drafter=drafter) == expected
     # The buffer of a sliding layer is compacted at the latest every window + slack tokens.
     period = WINDOW + tiny_model.make_cache().slack
     assert {position % period for position in drafter.errors} == set(range(period))
@@ -161,9 +161,9 @@ def test_rejections_fall_on_every_offset_around_the_wrap(tiny_model: Model) -> N
 def test_seeded_tokens_do_not_depend_on_the_depth(tiny_model: Model, mtp: Any, length: int) -> None:
     sampling = SamplingParams(temperature=1.0, top_p=0.95, seed=length - 40)
     prompt = prompt_of(length, VOCAB_SIZE)
-    expected = run(tiny_model, prompt, 60, sampling)
-    assert run(tiny_model, prompt, 60, sampling, mtp=mtp) == expected
-    assert run(tiny_model, prompt, 60, sampling, mtp=mtp, lookup=True) == expected
+    expected = run(tiny_model, prompt, 30, sampling)
+    assert run(tiny_model, prompt, 30, sampling, mtp=mtp) == expected
+    assert run(tiny_model, prompt, 30, sampling, mtp=mtp, lookup=True) == expected
 
 
 def test_seeded_tokens_go_on_over_turns(tiny_model: Model) -> None:
@@ -197,7 +197,7 @@ class TestDraftState:
         tokens = prompt_of(30, VOCAB_SIZE)
         cache, state = model.make_cache(), DraftState(model.mtp, model.embed)
         state.extend(model.hidden(mx.array([tokens[:-1]]), cache), 0)
-        for number in range(60 if compiled else 200):
+        for number in range(55 if compiled else 200):
             # Now and then no layer, or only the first, is used for longer than the window.
             depth = generator.choice([0, 1] if number % 50 > 30 else [0, 1, 2, 3, 3])
             drafts: list[int] = []
@@ -209,8 +209,10 @@ class TestDraftState:
                     return mx.argmax(logits, axis=-1), None
 
                 drafts = state.propose(depth, tokens, choose).tokens.tolist()
-                for logits, expected in zip(seen, self.fresh(model, tokens, drafts), strict=True):
-                    assert mx.abs(logits - expected).max().item() < 1e-4
+                # Always after a layer was left behind, else now and then: fresh runs take most of the time.
+                if number % 50 < 5 or number % 3 == 0:
+                    for logits, expected in zip(seen, self.fresh(model, tokens, drafts), strict=True):
+                        assert mx.abs(logits - expected).max().item() < 1e-4
             accepted = generator.randint(0, depth)
             # What follows the accepted drafts is not the next draft.
             excluded = drafts[accepted] if accepted < depth else -1
@@ -332,15 +334,14 @@ def enumerated(model: Model, prompt: list[int], params: SamplingParams, num_toke
     return probabilities.reshape([size] * num_tokens)
 
 
-def sampled(
-    model: Model, prompt: list[int], params: SamplingParams, count: int, mtp: Any, drafter: Any = None
-) -> np.ndarray:
+def sampled(model: Model, prompt: list[int], params: SamplingParams, count: int, mtp: Any) -> np.ndarray:
     """Counts of the first three tokens over `count` runs from one prefilled cache."""
     counts = np.zeros([model.config.vocab_size] * 3)
     cache = model.make_cache()
     hidden = model.hidden(mx.array([prompt[:-1]]), cache) if len(prompt) > 1 else None
     snapshot = cache.snapshot()
     mx.eval(cache.state)
+    controller = make_controller(model)
     for number in range(count):
         mx.random.seed(number)
         cache.restore(snapshot)
@@ -349,7 +350,8 @@ def sampled(
         if hidden is not None:
             cache.mtp.extend(hidden, 0)
         # One token more, so that a round of three drafts fits.
-        stream = decode(model, [], cache, params, DecodeOptions(5, mtp, False), drafter=drafter)
+        options = DecodeOptions(5, mtp, False)
+        stream = decode(model, [], cache, params, options, controller=controller)
         counts[tuple(next(stream).token for _ in range(3))] += 1
         stream.close()
     return counts
@@ -385,7 +387,7 @@ def check_distribution(model: Model, name: str, count: int) -> None:
 
 @pytest.mark.parametrize("name", ["after the window"])
 def test_three_tokens_have_the_models_distribution(small: Model, name: str) -> None:
-    check_distribution(small, name, 500)
+    check_distribution(small, name, 400)
 
 
 @pytest.mark.exhaustive
