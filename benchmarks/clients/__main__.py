@@ -100,7 +100,7 @@ def run(program: Program, paths: list[str], installed: Path, scratch: Path) -> b
     for name, text in program.files.items():
         file = home / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text.replace("BASE", BASE))
+        file.write_text(text.replace("$SERVER", BASE))
     own = str(directory_of(program, installed) / "node_modules" / ".bin")
     environment = {
         "HOME": str(home),

@@ -15,7 +15,7 @@ CONTEXT_LENGTH = 262144
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One client. In `files`, `command` and `environment` BASE is the server's address."""
+    """One client. In `files`, `command` and `environment` $SERVER is the server's address."""
 
     name: str
     package: str
@@ -27,7 +27,7 @@ class Program:
 def claude_code(name: str, package: str) -> Program:
     settings = {
         "env": {
-            "ANTHROPIC_BASE_URL": "BASE",
+            "ANTHROPIC_BASE_URL": "$SERVER",
             "ANTHROPIC_API_KEY": KEY,
             "ANTHROPIC_DEFAULT_HAIKU_MODEL": MODEL,
             "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(CONTEXT_LENGTH),
@@ -52,7 +52,7 @@ model_context_window = {CONTEXT_LENGTH}
 
 [model_providers.step-local]
 name = "step-local"
-base_url = "BASE/v1"
+base_url = "$SERVER/v1"
 wire_api = "{wire_api}"
 env_key = "OPENAI_API_KEY"
 stream_idle_timeout_ms = 1800000
@@ -68,7 +68,7 @@ stream_idle_timeout_ms = 1800000
 
 def pi(api: str) -> Program:
     provider = {
-        "baseUrl": "BASE" if api == "anthropic-messages" else "BASE/v1",
+        "baseUrl": "$SERVER" if api == "anthropic-messages" else "$SERVER/v1",
         "api": api,
         "apiKey": KEY,
         "models": [{"id": MODEL, "reasoning": True, "contextWindow": CONTEXT_LENGTH, "maxTokens": 32768}],
@@ -86,7 +86,7 @@ def opencode() -> Program:
     limit = {"context": CONTEXT_LENGTH, "output": 32768}
     provider = {
         "npm": "@ai-sdk/openai-compatible",
-        "options": {"baseURL": "BASE/v1", "apiKey": KEY},
+        "options": {"baseURL": "$SERVER/v1", "apiKey": KEY},
         "models": {MODEL: {"limit": limit}},
     }
     config = {"provider": {"step-local": provider}, "model": f"step-local/{MODEL}", "autoupdate": False}
@@ -101,7 +101,7 @@ def opencode() -> Program:
 def router() -> Program:
     provider = {
         "name": "step-local",
-        "api_base_url": "BASE/v1/chat/completions",
+        "api_base_url": "$SERVER/v1/chat/completions",
         "api_key": KEY,
         "models": [MODEL],
     }

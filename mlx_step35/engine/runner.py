@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_step35.decoding import Decoded, DecodeOptions, DecodeStats, MTPChoice, decode, make_controller
 from mlx_step35.engine.request import CancelledError, Candidate, Logprobs, Memory
 from mlx_step35.engine.session import Reuse, Session
+from mlx_step35.errors import CapacityError, RequestError
 from mlx_step35.model import Model
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ class Runner:
         try:
             yield from stream
             is_sound = True
-        except (GeneratorExit, CancelledError):
+        except (GeneratorExit, CancelledError, RequestError, CapacityError):
+            # The client left, or decoding refused before it changed anything.
             is_sound = True
             raise
         finally:
