@@ -8,6 +8,7 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_step35.decoding import Decoded, DecodeOptions, DecodeStats, MTPChoice, decode, make_controller
+from mlx_step35.decoding.setup import fit_prefill
 from mlx_step35.engine.request import CancelledError, Candidate, Logprobs, Memory
 from mlx_step35.engine.session import Reuse, Session
 from mlx_step35.errors import CapacityError, RequestError
@@ -62,6 +63,7 @@ class Runner:
         """
         session = self._session
         reuse = session.sync(candidate.prompt)
+        self._make_room(len(candidate.prompt))
         options = DecodeOptions(
             max_tokens=candidate.max_tokens,
             mtp=mtp,
@@ -87,6 +89,19 @@ class Runner:
             controller=self._controller,
         )
         return Run(reuse, stats, self._guarded(stream))
+
+    def _make_room(self, num_tokens: int) -> None:
+        """Give up saved prompts, the least valuable first, where the memory for this one is short."""
+        store = self._session.store
+        while store.nbytes:
+            try:
+                fit_prefill(
+                    self._model, self._session.cache.offset, num_tokens, self._settings.prefill_step_size
+                )
+            except CapacityError:
+                store.shrink(store.nbytes // 2)
+            else:
+                return
 
     def memory(self) -> Memory:
         """Bytes in use now, at most so far, and in saved prefixes."""

@@ -139,6 +139,10 @@ class PromptCacheStore:
             if entry.snapshot and any(block.layers is None for block in entry.snapshot.blocks):
                 self._evict(entry)
 
+    def shrink(self, nbytes: int) -> None:
+        """Evict until at most so many bytes are kept; the limit stays."""
+        self._evict_while(lambda: self.nbytes > nbytes, keep=())
+
     def clear(self) -> None:
         """Forget every snapshot in memory."""
         for _, _, entry in list(self._index.items()):

@@ -150,6 +150,18 @@ def test_a_lost_live_cache_takes_what_it_lent() -> None:
     assert store.find(kept, 300).position == 300
 
 
+def test_shrinking_for_a_while() -> None:
+    store = PromptCacheStore(10**9)
+    for seed in range(1, 9):
+        store.add(snapshot_of(store, conversation(seed, 700)))
+    before = store.nbytes
+    store.shrink(before // 2)
+    assert 0 < store.nbytes <= before // 2
+    assert store.add(snapshot_of(store, conversation(9, 700)))
+    store.shrink(0)
+    assert store.nbytes == 0 == len(store)
+
+
 def test_a_saved_boundary_outlives_its_snapshot() -> None:
     store = PromptCacheStore(SLIDING_BYTES + 2 * 4 * 100)
     first, second = conversation(1, 100), as_tokens(range(100))
