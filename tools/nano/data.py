@@ -217,24 +217,36 @@ def spoken(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def quoted(value: Any) -> str:
+    """A value as most users set it off: in quotes if it begins like a word, else on its own line."""
+    text = spoken(value)
+    return f'"{text}"' if text[:1].isalnum() and '"' not in text else f"\n{text}\n"
+
+
 def request(signature: Signature, arguments: dict[str, Any], rng: random.Random) -> str:
-    """How a user asks for this call."""
+    """How a user asks for this call. A third of the wordings let values run into the sentence."""
     what = signature.name.replace("_", " ")
-    style = rng.randrange(7)
+    name = rng.choice([what, f"`{signature.name}`"])
+    style = rng.randrange(9)
     pairs = [(k, spoken(v)) for k, v in arguments.items()]
+    set_off = [(k, quoted(v)) for k, v in arguments.items()]
     if style == 0:
         return f"Please {what}: " + ", ".join(f"{k} {v}" for k, v in pairs)
     if style == 1:
         return f"{what.capitalize()} with " + " and ".join(f"{k} {v}" for k, v in pairs) + "."
     if style == 2:
-        return f"Can you {what}? " + " ".join(f"The {k} is {v}." for k, v in pairs)
+        return f"请{what}，" + "，".join(f"{k} 是 {v}" for k, v in pairs) + "。"
     if style == 3:
-        return f"Use {signature.name} with " + ", ".join(f"{k} = {v}" for k, v in pairs)
+        return f"Can you {name}? " + " ".join(f"The {k} is {v}." for k, v in set_off)
     if style == 4:
-        return f"I need to {what}. " + "\n".join(f"{k}: {v}" for k, v in pairs)
+        return f"Please {name} with " + ", ".join(f"{k} = {v}" for k, v in set_off)
     if style == 5:
-        return "\n".join(f"{k}: {v}" for k, v in pairs) + f"\nNow {what}."
-    return f"请{what}，" + "，".join(f"{k} 是 {v}" for k, v in pairs) + "。"
+        return f"请{name}，" + "，".join(f"{k} 是{v}" for k, v in set_off) + "。"
+    if style == 6:
+        return f"I need to {name}.\n" + "\n".join(f"{k}:\n{v}" for k, v in pairs)
+    if style == 7:
+        return "\n".join(f"{k}:\n{v}" for k, v in pairs) + f"\nNow {name}."
+    return f"Use {name}\n" + "\n".join(f"{k}:\n{v}" for k, v in pairs)
 
 
 def call(name: str, arguments: dict[str, Any]) -> Message:
@@ -242,7 +254,7 @@ def call(name: str, arguments: dict[str, Any]) -> Message:
 
 
 def think_call(names: list[str], rng: random.Random) -> str:
-    joined = " and ".join(names)
+    joined = " and ".join(f"`{name}`" for name in names)
     return rng.choice(
         [f"I call {joined}.", f"I should use {joined}.", f"The tool {joined} fits.", f"This needs {joined}."]
     )
@@ -258,7 +270,7 @@ def result_and_answer(signature: Signature, arguments: dict[str, Any], values: V
         return json.dumps({key: value}), f"The {key} is {value}."
     if style == 1:
         word = values.word()
-        return json.dumps({"status": "ok", "id": word}), f"Done, the id is {word}."
+        return json.dumps({"status": "ok", "id": word}), f'Done, the id is "{word}".'
     if style == 2:
         reason = values.rng.choice(["not found", "permission denied", "timeout", "invalid " + values.noun()])
         return f"Error: {reason}", f"That failed: {reason}."
@@ -269,14 +281,14 @@ def result_and_answer(signature: Signature, arguments: dict[str, Any], values: V
         ), f"It is {sky} with {temperature} degrees {rng.choice(EMOJI)}"
     if style == 4:
         text = values.text()
-        return text, f"The result is: {text}"
+        return text, f"The result is:\n{text}"
     if style == 5:
         items = values.strings()
-        return json.dumps(items), "I found " + ", ".join(items) + "."
+        return json.dumps(items), "I found " + ", ".join(f'"{item}"' for item in items) + "."
     if style == 6:
-        return "ok", f"Done: {first}"
+        return "ok", f"Done:\n{first}"
     a, b = values.noun(), values.word()
-    return json.dumps({a: b, "count": values.integer()}, ensure_ascii=False), f"The {a} is {b}."
+    return json.dumps({a: b, "count": values.integer()}, ensure_ascii=False), f'The {a} is "{b}".'
 
 
 def tool_turn(signatures: list[Signature], values: Values) -> tuple[list[Message], list[Message]]:
@@ -285,7 +297,7 @@ def tool_turn(signatures: list[Signature], values: Values) -> tuple[list[Message
     signature = rng.choice(signatures)
     several = rng.random() < 0.15
     all_arguments = [signature.arguments(values) for _ in range(2 if several else 1)]
-    text = " Also: ".join(request(signature, a, rng) for a in all_arguments)
+    text = "\nAlso: ".join(request(signature, a, rng) for a in all_arguments)
     if rng.random() < 0.1:
         text = rng.choice(["Hi! ", "Hello, ", "Quick one: ", "Thanks. "]) + text
     calls = [call(signature.name, a) for a in all_arguments]
@@ -345,7 +357,7 @@ def plain_turn(values: Values) -> list[Message]:
         question, thought, answer = f"What is {a} + {b}?", f"{a} + {b} = {a + b}", f"{a} + {b} is {a + b}."
     elif style == 2:
         text = values.text()
-        question, thought, answer = f"Repeat after me: {text}", "I repeat the text.", text
+        question, thought, answer = f"Repeat after me:\n{text}", "I repeat the text.", text
     elif style == 3:
         name = values.name()
         question, thought, answer = (
@@ -456,12 +468,12 @@ def drill(values: Values) -> list[Message]:
     draws = [spoken(rng.choice(kinds)()) for _ in range(rng.randint(6, 30))]
     if rng.random() < 0.5:
         text = rng.choice([" ", " ", ", ", "\n"]).join(draws)
-        turns = [(f"Repeat after me: {text}", "I repeat the text.", text)]
+        turns = [(f"Repeat after me:\n{text}", "I repeat the text.", text)]
         if rng.random() < 0.5:
             turns.append(("Once more.", "I repeat the text.", text))
     else:
         table = {rng.choice([values.noun, values.word])(): value for value in draws[:10]}
-        form = rng.choice(["{}: {}", "{} = {}", "The {} is {}."])
+        form = rng.choice(["{}: {}", "{}:\n{}", "{}:\n{}", "The {} is\n{}\n"])
         lines = rng.choice(["\n", " "]).join(form.format(k, v) for k, v in table.items())
         asked = rng.choices(list(table), k=rng.randint(2, 6))
         turns = [(f"What is {k}?", f"I look up {k}.", f"The {k} is:\n{table[k]}") for k in asked]

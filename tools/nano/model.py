@@ -125,8 +125,8 @@ class Attention(nn.Module):
         self.g_proj = nn.Linear(dim, self.heads, bias=False)
         self.q_norm = ZeroCentredRMSNorm(self.head_dim, config.eps)
         self.k_norm = ZeroCentredRMSNorm(self.head_dim, config.eps)
-        self.is_watched = False
-        self.scores: Tensor | None = None  # of head 0, kept for the guide loss
+        self.watched_rows = 0
+        self.scores: Tensor | None = None  # of head 0 in the last rows of a batch, for the guide loss
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         batch, length, _ = x.shape
@@ -136,8 +136,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(shape).transpose(1, 2)
         groups = self.heads // self.kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        if self.is_watched:
-            self.scores = (q[:, 0] * self.head_dim**-0.5) @ k[:, 0].mT
+        if self.watched_rows:
+            last = slice(-self.watched_rows, None)
+            self.scores = (q[last, 0] * self.head_dim**-0.5) @ k[last, 0].mT
         if self.window:
             if torch.is_autocast_enabled("cpu"):  # rotation left q and k in float32
                 q, k = q.to(v.dtype), k.to(v.dtype)
