@@ -30,19 +30,28 @@ def write_shard(
     with _small_cache(), TensorWriter(path, shard.tensors, metadata) as writer:
         for job in shard.jobs:
             width = _source_bytes(job, entries) / job.weight.num_parameters
+            running: list[mx.array] = []
             for _, array in read_weight(job, entries):
-                size = array.size
                 parts = pack(array, job, dtype)
-                mx.eval(parts)
-                for tensor, part in zip(job.outputs, parts, strict=True):
-                    writer.append(tensor.name, to_bytes(part))
-                progress(round(size * width))
+                # MLX computes this slice while the one before is written.
+                mx.async_eval(parts)
+                _append(writer, job, running)
+                running = parts
+                progress(round(array.size * width))
+            _append(writer, job, running)
         return writer.commit()
 
 
 def source_bytes(shard: Shard, entries: Mapping[str, Entry]) -> int:
     """What converting a file reads."""
     return sum(_source_bytes(job, entries) for job in shard.jobs)
+
+
+def _append(writer: TensorWriter, job: Job, parts: list[mx.array]) -> None:
+    """Write one slice's part of every output tensor; nothing for no slice."""
+    if parts:
+        for tensor, part in zip(job.outputs, parts, strict=True):
+            writer.append(tensor.name, to_bytes(part))
 
 
 def _source_bytes(job: Job, entries: Mapping[str, Entry]) -> int:
