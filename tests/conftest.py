@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from mlx_step35.checkpoint import load_checkpoint
+from mlx_step35.checkpoint import load_checkpoint, resolve_model
+from mlx_step35.decoding import prepare
 from mlx_step35.model import Model
 from tests.release import Stored, release_config, release_tensors, write_release
 from tests.tiny import tiny_config, write_checkpoint
@@ -27,6 +28,14 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tiny_path: Path) -> Model:
     """The tiny model with its three MTP layers, in float32."""
     return load_checkpoint(tiny_path)
+
+
+@pytest.fixture(scope="session")
+def nano() -> Model:
+    """The bundled model in float32, compiled as the command line runs it."""
+    model = load_checkpoint(resolve_model("nano"), "float32")
+    prepare(model)
+    return model
 
 
 @pytest.fixture(scope="session")
