@@ -17,14 +17,13 @@ from statistics import median
 from typing import Literal
 
 from mlx_step35.config import ModelConfig
-from mlx_step35.costs import expected_experts, kv_bytes, kv_bytes_per_token
+from mlx_step35.speed import Reads
 
 Source = Literal["plain", "mtp", "lookup"]
 MAX_MTP_DEPTH = 3
 
 # A verify of 4, 8 or 16 tokens: widths between them would each need their own measurements.
 LOOKUP_LENGTHS = (3, 7, 15)
-MAX_LOOKUP_LENGTH = LOOKUP_LENGTHS[-1]
 
 # Acceptance assumed before anything was seen, and how many observations that assumption is worth. For lookup
 # it depends on how many tokens matched: (at least this many, acceptance).
@@ -68,7 +67,7 @@ RoundCost = Callable[[Plan, int], float]
 
 
 class RoundBytes:
-    """The byte model of a round: experts by the union of what its tokens choose, all else once."""
+    """What a plan's round reads, counted as the planner's speed estimates count it."""
 
     def __init__(
         self,
@@ -78,20 +77,10 @@ class RoundBytes:
         mtp_bytes: Sequence[int],
         kv_dtype_bytes: int,
     ) -> None:
-        share = 1 / config.num_experts if config.num_experts else 0.0
-        self._pass_bytes = [
-            backbone_bytes + expert_bytes * expected_experts(config, width) * share
-            for width in range(MAX_LOOKUP_LENGTH + 2)
-        ]
-        self._mtp_bytes = [sum(mtp_bytes[:depth]) for depth in range(len(mtp_bytes) + 1)]
-        self._token_bytes = kv_bytes_per_token(config, kv_dtype_bytes)
-        self._window = config.window or 1
-        self._window_bytes = kv_bytes(config, self._window, kv_dtype_bytes) - self._token_bytes * self._window
+        self._reads = Reads(config, backbone_bytes, expert_bytes, mtp_bytes, kv_dtype_bytes)
 
     def __call__(self, plan: Plan, context: int) -> float:
-        cached = self._token_bytes * context + self._window_bytes * min(context / self._window, 1.0)
-        heads = self._mtp_bytes[plan.depth] if plan.source == "mtp" else 0
-        return self._pass_bytes[plan.depth + 1] + heads + cached
+        return self._reads.round_bytes(plan.depth, context, by_mtp=plan.source == "mtp")
 
 
 @dataclass(frozen=True, slots=True)
