@@ -169,7 +169,8 @@ class Session:
         # Without room for any saved state nothing is kept from one prompt to the next.
         live = common_length(known, prompt) if self.store.limit_bytes else 0
         here = min(live, limit, self.cache.offset)
-        match, snapshot, source = self._find(prompt, limit, here)
+        reachable = here if self._can_go_back(self.cache.offset - here) else 0
+        match, snapshot, source = self._find(prompt, limit, reachable)
         common, found, given = match.common, match.found, match.given
         if live > common:
             common, given = live, int(prompt[live]) if live < len(prompt) else None
@@ -186,9 +187,12 @@ class Session:
         return Reuse(len(prompt), self.cache.offset, common, found, given, source)
 
     def _find(
-        self, prompt: TokenArray, limit: int, here: int
+        self, prompt: TokenArray, limit: int, reachable: int
     ) -> tuple[Match[Entry], Snapshot | None, Source]:
-        """The longest boundary, loaded if it is on disk and that is quicker than running its tokens."""
+        """The longest boundary, loaded if it is on disk and that is quicker than running its tokens.
+
+        The live cache itself can go to `reachable` tokens.
+        """
         while True:
             self._poll()
             match = self.store.find(prompt, limit)
@@ -196,7 +200,7 @@ class Session:
             if entry is None or entry.snapshot is not None:
                 return match, entry.snapshot if entry else None, "memory"
             nearer = self.store.find_in_memory(prompt, limit)
-            num_gained = match.position - max(nearer.position, here)
+            num_gained = match.position - max(nearer.position, reachable)
             if self._disk is None or entry.saved is None or not self._is_worth_loading(entry, num_gained):
                 return nearer, nearer.value.snapshot if nearer.value else None, "memory"
             try:

@@ -273,3 +273,15 @@ def wait_for_writes(session: Session) -> None:
     while session._disk._waiting_bytes:
         session._poll()
         time.sleep(0.002)
+
+
+def test_a_live_cache_that_cannot_go_back_is_no_reason_not_to_load(tiny_model: Model, tmp_path: Path) -> None:
+    prompt = prompt_of(8, 200)
+    with Opened(tiny_model, tmp_path) as session:
+        run(session, tiny_model, prompt[:100])
+    with Opened(tiny_model, tmp_path, memory=20_000) as session:
+        # More of it is live than is on disk, but too far beyond the place where the next prompt leaves.
+        session.sync(prompt)
+        run(session, tiny_model, prompt)
+        session.store.clear()
+        assert session.sync([*prompt[:120], 7, 7]).source == "disk"
