@@ -10,8 +10,9 @@ caller has the clock.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
-from math import inf, pow
+from math import pow
 from operator import mul
 from statistics import median
 from typing import Literal
@@ -39,8 +40,8 @@ FADING = 0.995
 NUM_TIMES = 7
 # The first round of a kind may compile kernels: it is not believed beyond this multiple of what is expected.
 FIRST_ROUND_LIMIT = 1.5
-# Every comparison needs the time of a plain step, so it is measured first.
-PLAIN_ROUNDS = 2
+# Contexts this many tokens apart are told apart.
+CONTEXT_STEP = 64
 
 # Share of all decode time that trying apparently worse kinds may cost.
 PROBE_SHARE = 0.01
@@ -131,8 +132,11 @@ class DepthController:
         self._round_bytes = round_bytes
         self._mtp = [_Rate(prior) for prior in PRIOR_MTP]
         self._lookup = [_Rate(prior, FADING) for _, prior in PRIOR_LOOKUP]
-        # Seconds per byte read, so that they carry over to other context lengths.
+        # Seconds per byte read, so that they carry over to other context lengths: the newest rounds of a
+        # plan, and their median once there are two.
         self._times: dict[Plan, deque[float]] = {}
+        self._typical: dict[Plan, float] = {}
+        self._bytes: dict[tuple[Plan, int], float] = {}
         self._catch_up_s = 0.0
         self._elapsed_s = 0.0
         self._probe_debt_s = 0.0
@@ -144,30 +148,32 @@ class DepthController:
 
     def expected_tokens(self, plan: Plan, match_length: int = 0) -> float:
         """Tokens one round yields on average: the one of the verify, and every draft accepted before it."""
-        rates = [rate.value(self._round) for rate in self._rates(plan, match_length)]
-        chain: list[float] = list(accumulate(rates, mul))
+        rates = self._rates(plan, match_length)
+        if plan.source == "lookup":
+            values = [rates[0].value(self._round)] * plan.depth
+        else:
+            values = [rate.value(self._round) for rate in rates]
+        chain: list[float] = list(accumulate(values, mul))
         return 1 + sum(chain)
 
     def round_s(self, plan: Plan, context: int) -> float:
         """Seconds of a round: measured, or by bytes from the plan of the nearest depth that was measured."""
-        nbytes = self._round_bytes(plan, context)
-        own = self._times.get(plan, deque[float]())
-        if len(own) > 1:
-            return float(median(own)) * nbytes
-        known = {p: times for p, times in self._times.items() if len(times) > 1}
-        first_s: float = own[0] * nbytes if own else inf
-        if not known:
-            return first_s if own else nbytes
-        nearest = min(known, key=lambda p: (abs(p.depth - plan.depth), p.depth))
-        estimate = float(median(known[nearest])) * nbytes
-        return min(first_s, FIRST_ROUND_LIMIT * estimate) if own else estimate
+        nbytes = self._nbytes(plan, context)
+        if plan in self._typical:
+            return self._typical[plan] * nbytes
+        first = self._times[plan][0] if plan in self._times else None
+        if not self._typical:
+            return nbytes if first is None else first * nbytes
+        nearest = min(self._typical, key=lambda p: (abs(p.depth - plan.depth), p.depth))
+        expected = self._typical[nearest]
+        return (expected if first is None else min(first, FIRST_ROUND_LIMIT * expected)) * nbytes
 
     def choose(self, context: int, offer: Offer) -> Plan:
         """The plan for the next round."""
-        plans = _mtp_plans(offer) + _lookup_plans(offer)
+        plans = _mtp_plans(offer.depths) + _lookup_plans(offer.lookup_tokens)
         if len(plans) == 1:
             return plans[0]
-        if PLAIN in plans and len(self._times.get(PLAIN, ())) < PLAIN_ROUNDS:
+        if PLAIN in plans and PLAIN not in self._typical:
             return PLAIN
         best = max(plans, key=lambda plan: self._speed(plan, context, offer))
         if best.source == "lookup":
@@ -199,14 +205,24 @@ class DepthController:
             self._catch_up_s = max(seconds - self.round_s(plan, context), 0.0) / caught_up
         else:
             times = self._times.setdefault(plan, deque(maxlen=NUM_TIMES))
-            times.append(seconds / self._round_bytes(plan, context))
+            times.append(seconds / self._nbytes(plan, context))
             if len(times) == 2 and times[0] > FIRST_ROUND_LIMIT * times[1]:
                 times.popleft()
+            if len(times) > 1:
+                self._typical[plan] = median(times)
         if self._probe and self._probe[0] == plan:
             lost_s = seconds - (num_accepted + 1) / self._speed(self._best, context, Offer(()))
             self._probe_debt_s += max(lost_s, 0.0)
             left = self._probe[1] - 1
             self._probe = (plan, left) if left else None
+
+    def _nbytes(self, plan: Plan, context: int) -> float:
+        """Bytes of a round; a few tokens more or less in the context make no difference."""
+        key = (plan, context // CONTEXT_STEP)
+        if key not in self._bytes:
+            self._bytes = {} if len(self._bytes) > 100 else self._bytes
+            self._bytes[key] = self._round_bytes(plan, context)
+        return self._bytes[key]
 
     def _rates(self, plan: Plan, match_length: int) -> list[_Rate]:
         """Acceptance of each draft of a plan, given that those before it were accepted."""
@@ -222,10 +238,12 @@ class DepthController:
 
     def _next_probe(self, context: int, offer: Offer) -> tuple[Plan, int] | None:
         """The most promising plan not tried for long, if the budget covers that every draft is wrong."""
-        if len(self._times.get(self._best, ())) < 2:
+        if self._best not in self._typical:
             return None
         due = self._round - self._probe_interval
-        stale = [p for p in _mtp_plans(offer) if p != self._best and self._last_rounds.get(p, 0) <= due]
+        stale = [
+            p for p in _mtp_plans(offer.depths) if p != self._best and self._last_rounds.get(p, 0) <= due
+        ]
         budget_s = PROBE_SHARE * self._elapsed_s - self._probe_debt_s
         token_s = 1 / self._speed(self._best, context, offer)
         for plan in sorted(stale, key=lambda plan: -self._speed(plan, context, offer)):
@@ -236,10 +254,12 @@ class DepthController:
         return None
 
 
-def _mtp_plans(offer: Offer) -> list[Plan]:
-    return [Plan("mtp", depth) if depth else PLAIN for depth in offer.depths]
+@cache
+def _mtp_plans(depths: tuple[int, ...]) -> tuple[Plan, ...]:
+    return tuple(Plan("mtp", depth) if depth else PLAIN for depth in depths)
 
 
-def _lookup_plans(offer: Offer) -> list[Plan]:
-    lengths = {min(length, offer.lookup_tokens) for length in LOOKUP_LENGTHS} - {0}
-    return [Plan("lookup", length) for length in sorted(lengths)]
+@cache
+def _lookup_plans(num_tokens: int) -> tuple[Plan, ...]:
+    lengths = {min(length, num_tokens) for length in LOOKUP_LENGTHS} - {0}
+    return tuple(Plan("lookup", length) for length in sorted(lengths))
