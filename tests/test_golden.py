@@ -32,10 +32,6 @@ def test_all_three_mtp_layers_equal_the_reference(nano: Model) -> None:
     for k in range(nano.mtp.num_layers):
         rows = ids.shape[1] - 1 - k
         hidden = nano.mtp.step(k, nano.embed(ids[:, 1 + k :]), hidden[:, :rows])
-        np.testing.assert_allclose(
-            np.array(hidden[0])[golden["rows"]], golden[f"hidden_{k}"], atol=TOLERANCE
-        )
+        np.testing.assert_allclose(np.array(hidden[0])[golden["rows"]], golden[f"hidden_{k}"], atol=TOLERANCE)
         logits = nano.mtp.logits(k, hidden)
-        np.testing.assert_allclose(
-            np.array(logits[0])[golden["rows"]], golden[f"logits_{k}"], atol=TOLERANCE
-        )
+        np.testing.assert_allclose(np.array(logits[0])[golden["rows"]], golden[f"logits_{k}"], atol=TOLERANCE)
