@@ -74,7 +74,7 @@ def test_logits_equal_the_formulas(tiny_model: Model, ids: mx.array) -> None:
 
 def test_greedy_tokens_equal_mlx_lm(pair: tuple[Model, Any], ids: mx.array) -> None:
     model, reference = pair
-    for start in range(10):
+    for start in (0, 4, 9):
         prompt = ids[0, start : start + 5 + 3 * start]
         expected = [token for token, _ in generate_step(prompt, reference, max_tokens=60)]
         assert [token for token, _ in generate_step(prompt, model, max_tokens=60)] == expected
