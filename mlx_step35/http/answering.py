@@ -1,7 +1,6 @@
 """One answer on its way to one client: events in, bytes out, and an end as soon as the client is gone."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Sequence
 from typing import Generic
@@ -76,10 +75,9 @@ class Answer(Response, Generic[R]):
                 record.details["abandoned"] = True
         finally:
             self._submission.cancel()
-            for task in (delivery, departure):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, StreamBrokenError):
-                    await task
+            delivery.cancel()
+            departure.cancel()
+            await asyncio.gather(delivery, departure, return_exceptions=True)
             self._note(record)
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,5 +1,6 @@
 """A request's body as JSON, within limits. Frameworks' own models know no limit and answer 422."""
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -10,10 +11,12 @@ from mlx_step35.api.failures import Failure, FailureError
 from mlx_step35.errors import RequestError
 
 MAX_DEPTH = 200
+# Programs on the same machine send at once; who takes longer has stopped.
+MAX_SENDING_S = 120
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises FailureError (413) for one that is too large.
+    """The whole body. Raises FailureError for one that is too large (413) or does not come to an end (408).
 
     What is too large is still read for a while, thrown away: a client that is cut off in the middle of
     sending does not see the answer.
@@ -23,15 +26,18 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     chunks: list[bytes] = []
     num_bytes = 0
     try:
-        async for chunk in request.stream():
-            num_bytes += len(chunk)
-            is_too_large = is_too_large or num_bytes > max_bytes
-            if is_too_large:
-                chunks.clear()
-                if num_bytes > 2 * max_bytes:
-                    break
-            else:
-                chunks.append(chunk)
+        async with asyncio.timeout(MAX_SENDING_S):
+            async for chunk in request.stream():
+                num_bytes += len(chunk)
+                is_too_large = is_too_large or num_bytes > max_bytes
+                if is_too_large:
+                    chunks.clear()
+                    if num_bytes > 2 * max_bytes:
+                        break
+                else:
+                    chunks.append(chunk)
+    except TimeoutError:
+        raise FailureError(Failure(408, f"the body did not come within {MAX_SENDING_S} s")) from None
     except ClientDisconnect:
         raise FailureError(Failure(400, "the client left while sending")) from None
     if is_too_large:

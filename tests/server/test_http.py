@@ -3,13 +3,21 @@
 import concurrent.futures
 import json
 import socket
+import threading
 import time
 from typing import Any
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 
-from tests.server.running import KEY, MODEL, Running, chat_body, running
+from mlx_step35.engine.engine import Engine
+from mlx_step35.engine.runner import Runner
+from mlx_step35.http.app import create_app
+from mlx_step35.http.preparing import Preparer
+from mlx_step35.http.settings import GenerationDefaults
+from tests.server.running import KEY, MODEL, Running, chat_body, running, settings
+from tests.server.scripted import nano_texts, scripted_runner
 
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 
@@ -207,3 +215,32 @@ def test_log_lines_hold_neither_prompts_nor_keys(server: Running, caplog: pytest
     asked = [line for line in lines if line["path"] == CHAT]
     assert len(asked) == 2 and asked[0]["completion_tokens"] > 0
     assert "secret" not in caplog.text and KEY not in caplog.text
+
+
+def test_unseen_thinking_is_no_silence() -> None:
+    def think_long(conversation: object) -> str:
+        return "hm " * 30 + "\n</think>\nDone."
+
+    with running(think_long, token_s=0.05, keepalive_s=0.3) as server:
+        body = {**chat_body("hi"), "max_tokens": 500, "stream": True}
+        with server.client.stream("POST", MESSAGES, json=body) as stream:
+            names = [line[7:] for line in stream.iter_lines() if line.startswith("event: ")]
+    assert names.count("ping") >= 4 and names.count("content_block_start") == 1
+
+
+def test_health_tells_that_the_model_is_loading() -> None:
+    tokenizer, template = nano_texts()
+    preparer = Preparer(tokenizer, template, GenerationDefaults(), 4096)
+    may_load = threading.Event()
+
+    def load() -> Runner:
+        may_load.wait(10)
+        return scripted_runner(tokenizer, 4096)
+
+    app = create_app(Engine(load), preparer, settings())
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        loading = client.get("/health")
+        assert (loading.status_code, loading.json()["status"]) == (503, "loading")
+        may_load.set()
+        answer = client.post(CHAT, json=chat_body("hi"), headers={"x-api-key": KEY})
+        assert answer.status_code == 200 and client.get("/health").status_code == 200
