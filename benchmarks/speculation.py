@@ -166,15 +166,16 @@ def compare(
     num_tokens: int,
     clock: str,
 ) -> dict[str, Result]:
-    """Every case on every prompt, each beside a run of mlx-lm just before and just after it."""
+    """Every case on every prompt, each between two runs of mlx-lm."""
     results = {case.name: Result() for case in cases}
     for number, prompt in enumerate(prompts):
+        before, expected = theirs(reference, prompt, num_tokens, temperature, clock)
         for case in cases:
-            before, expected = theirs(reference, prompt, num_tokens, temperature, clock)
             stats, ours_tps, tokens = ours(model, case, prompt, num_tokens, temperature, number, clock)
             after, _ = theirs(reference, prompt, num_tokens, temperature, clock)
             is_equal = temperature > 0 or tokens == expected
             results[case.name].add(2 * ours_tps / (before + after), stats, is_equal)
+            before = after
     return results
 
 
