@@ -129,7 +129,8 @@ def test_memory_holds_one_layer_at_a_time(tmp_path: Path) -> None:
     before = mx.get_active_memory()
     measure(tmp_path / "source", tmp_path / "source", CHUNKS)
     peak = mx.get_peak_memory() - before
-    assert peak < 1.5 * largest + 4_000_000
+    # On the CPU a layer is there twice for a moment, as stored and with its matrices turned.
+    assert peak < 2 * largest + 4_000_000
     assert peak < everything / 3
 
 
