@@ -136,7 +136,7 @@ class DraftState:
             layer, hidden = self._layers[k], self._hidden[k]
             visible = max(wanted - self._reach, self._origin)
             resume = min(layer.end, wanted)
-            continues = layer.first <= visible <= resume and layer.cache.can_rollback(layer.end - resume)
+            continues = layer.first <= visible <= resume and layer.can_end_at(resume)
             run = (
                 _Run(resume, False) if continues else _Run(max(visible, hidden.first if k == 0 else 0), True)
             )
@@ -152,7 +152,7 @@ class DraftState:
             layer.cache = self._mtp.make_cache()[k]
             layer.first = run.start
         else:
-            layer.cache.rollback(layer.end - run.start)
+            layer.end_at(run.start)
         known = list(tokens[run.start + 1 + k :])
         num_unknown = self.end - run.start - len(known)
         ids = [mx.array(known, dtype=mx.uint32)] if known else []
@@ -170,12 +170,10 @@ class DraftState:
     def _truncate(self, k: int, end: int) -> None:
         """Layer k forgets its rows from `end` on, and with them its outputs."""
         layer = self._layers[k]
-        excess = layer.end - end
-        if excess <= 0:
+        if end > layer.end:
             return
-        if layer.cache.can_rollback(excess):
-            layer.cache.rollback(excess)
-            layer.end = end
+        if layer.can_end_at(end):
+            layer.end_at(end)
         else:
             layer.first = layer.end = -1
         if k + 1 < self.max_depth:
@@ -191,12 +189,23 @@ class _Run:
 
 
 class _Layer:
-    """One layer's cache, which holds the keys of rows first..end-1; `first` is the row at its position 0."""
+    """One layer's cache, which holds the keys of rows first..end-1; `first` is the row at its position 0.
+
+    After an interrupted round the cache may have gone further than `end`.
+    """
 
     def __init__(self, cache: LayerCache) -> None:
         self.cache = cache
         self.first = 0
         self.end = 0
+
+    def can_end_at(self, end: int) -> bool:
+        return self.cache.can_rollback(self.cache.offset - (end - self.first))
+
+    def end_at(self, end: int) -> None:
+        """Forget the rows from `end` on."""
+        self.cache.rollback(self.cache.offset - (end - self.first))
+        self.end = end
 
 
 class _Rows:

@@ -348,3 +348,60 @@ def test_random_closings_and_turns_keep_every_offset_equal(tiny_model: Model) ->
         known += prompt + given
         assert [*cache.tokens, *cache.pending] == known
         assert {layer.offset for layer in cache} == {len(known) - 1}
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+@pytest.mark.parametrize("calls", [0, 1, 4, 5, 9])
+def test_after_an_exception_the_cache_is_at_the_tokens_given(
+    tiny_model: Model, way: dict[str, Any], calls: int
+) -> None:
+    left = calls
+
+    def processor(tokens: mx.array, logits: mx.array) -> mx.array:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Broken
+        return logits
+
+    cache, tokens = tiny_model.make_cache(), list[int]()
+    options = DecodeOptions(30, way["mtp"], way.get("lookup", False))
+    sampling = CustomSampling(processors=(processor,))
+    with pytest.raises(Broken):
+        tokens.extend(item.token for item in decode(tiny_model, PROMPT, cache, sampling, options))
+    known = [*cache.tokens, *cache.pending]
+    assert known[: len(PROMPT)] == PROMPT and known[len(PROMPT) :] == tokens
+    assert {layer.offset for layer in cache} == {len(cache.tokens)}
+    turn = [4, 5, 6]
+    assert run(tiny_model, turn, 15, cache=cache, mtp=3) == run(tiny_model, known + turn, 15)
+
+
+def test_a_chunk_that_broke_off_leaves_an_empty_cache(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tiny_model.make_cache()
+    run(tiny_model, PROMPT, 5, cache=cache)
+
+    def breaks(x: mx.array, *rest: Any) -> mx.array:
+        raise Broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny_model.layers[4]), "__call__", _after(4, breaks, tiny_model))
+        with pytest.raises(Broken):
+            run(tiny_model, prompt_of(80, VOCAB_SIZE), 5, cache=cache)
+    assert cache.offset == 0 and cache.tokens == [] and cache.pending == []
+    assert run(tiny_model, PROMPT, 8, cache=cache) == run(tiny_model, PROMPT, 8)
+
+
+def _after(index: int, other: Any, model: Model) -> Any:
+    """A layer call that becomes another one from a layer on."""
+    original = type(model.layers[0]).__call__
+
+    def call(layer: Any, *arguments: Any) -> Any:
+        return other(*arguments) if layer is model.layers[index] else original(layer, *arguments)
+
+    return call

@@ -8,7 +8,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_step35.cache import ModelCache
+from mlx_step35.cache import LayerSnapshot, ModelCache
 from mlx_step35.decoding.records import Decoded, DecodeOptions, DecodeStats, Drafter, PrefillCallback
 from mlx_step35.decoding.setup import fit_prefill, make_controller, make_drafter, noise_seed
 from mlx_step35.depth import PLAIN, DepthController, Offer, Plan
@@ -89,11 +89,12 @@ class Decoder:
         max_tokens = self._options.max_tokens
         self._num_left = min(max_tokens, limit - num_tokens) if max_tokens > 0 else limit - num_tokens
         self._stats.prompt_tokens += len(prompt)
-        self._stats.cached_tokens += len(cache.tokens)
+        num_cached = len(cache.tokens)
+        self._stats.cached_tokens += num_cached
         start_s = time.perf_counter()
         step = self._sample(self._prefill(prompt, on_prefill), _NO_TOKENS, None)
         mx.eval(step.logits if step.token is None else step.token)
-        on_prefill(num_tokens - self._stats.cached_tokens, num_tokens - self._stats.cached_tokens)
+        on_prefill(num_tokens - num_cached, num_tokens - num_cached)
         self._round_start_s = time.perf_counter()
         self._stats.prompt_s += self._round_start_s - start_s
         yield from self._plain(step)
@@ -106,9 +107,19 @@ class Decoder:
                 yield from self._plain(self._forward(pending, _NO_TOKENS))
 
     def finish(self) -> None:
-        """Leave every layer at the tokens given out, also after an interruption between two layers."""
-        for layer in self._cache:
-            layer.rollback(layer.offset - len(self._cache.tokens))
+        """Leave every layer at the tokens given out, also after an interruption between two layers.
+
+        A prefill chunk that broke off cannot be taken back, and then the cache is left empty.
+        """
+        cache = self._cache
+        excess = [layer.offset - len(cache.tokens) for layer in cache]
+        if all(layer.can_rollback(count) for layer, count in zip(cache, excess, strict=True)):
+            for layer, count in zip(cache, excess, strict=True):
+                layer.rollback(count)
+            return
+        for layer in cache:
+            layer.restore(LayerSnapshot(0, None, None))
+        cache.tokens, cache.pending, cache.mtp = [], [], None
 
     def _prefill(self, prompt: Sequence[int], on_prefill: PrefillCallback) -> mx.array:
         """Run the pending token and the prompt in chunks; returns the last hidden row (1, 1, D)."""
@@ -183,24 +194,11 @@ class Decoder:
 
     def _speculate(self, plan: Plan, drafts: Sequence[int], offer: Offer) -> Iterator[Decoded]:
         """One round: draft, verify in one pass, give out what was accepted and one token more."""
-        cache, chooser, at = self._cache, self._chooser, self._cache.offset
-        caught_up = offer.catch_up_rows(plan)
-        if plan.source == "mtp":
-            assert self._drafter is not None
-            proposal = self._drafter.propose(plan.depth, self._known, self._choose_draft)
-        else:
-            proposal = Proposal(mx.array(list(drafts[: plan.depth]), dtype=mx.uint32), None)
-        # The device drafts while the host builds the graph of the verify.
-        mx.async_eval(proposal.tokens)
-        pending = mx.array(cache.pending, dtype=mx.uint32)
-        hidden = self._model.hidden(mx.concatenate([pending, proposal.tokens])[None], cache)
-        logits = self._model.logits(hidden)[0]
-        masks = self._masks(logits, proposal) if self._constraint else None
-        logits = chooser.process(logits, self._known, proposal.tokens, masks)
-        num_accepted, *tokens = _read(chooser.verify(logits, proposal, len(self._known)))
-        self._stats.count_round(plan)
-        num_given = 0
+        at, caught_up = self._cache.offset, offer.catch_up_rows(plan)
+        hidden = mx.zeros((1, 0, 0))
+        num_accepted = num_given = 0
         try:
+            hidden, logits, [num_accepted, *tokens] = self._verify(plan, drafts)
             for token in tokens[: min(num_accepted + 1, self._num_left)]:
                 self._accept(token)
                 from_draft = num_given < num_accepted
@@ -213,8 +211,27 @@ class Decoder:
             if self._drafter:
                 if plan.source == "mtp":
                     self._drafter.settle(min(num_accepted, num_given))
-                self._drafter.extend(hidden[:, :num_given], at)
+                if num_given:
+                    self._drafter.extend(hidden[:, :num_given], at)
         self._observe(plan, num_accepted, offer.match_length, caught_up)
+
+    def _verify(self, plan: Plan, drafts: Sequence[int]) -> tuple[mx.array, mx.array, list[int]]:
+        """Hidden rows, processed logits, and the outcome of a round as `Chooser.verify` gives it."""
+        if plan.source == "mtp":
+            assert self._drafter is not None
+            proposal = self._drafter.propose(plan.depth, self._known, self._choose_draft)
+        else:
+            proposal = Proposal(mx.array(list(drafts[: plan.depth]), dtype=mx.uint32), None)
+        # The device drafts while the host builds the graph of the verify.
+        mx.async_eval(proposal.tokens)
+        pending = mx.array(self._cache.pending, dtype=mx.uint32)
+        hidden = self._model.hidden(mx.concatenate([pending, proposal.tokens])[None], self._cache)
+        logits = self._model.logits(hidden)[0]
+        masks = self._masks(logits, proposal) if self._constraint else None
+        logits = self._chooser.process(logits, self._known, proposal.tokens, masks)
+        outcome = _read(self._chooser.verify(logits, proposal, len(self._known)))
+        self._stats.count_round(plan)
+        return hidden, logits, outcome
 
     def _choose(self) -> tuple[Plan, Sequence[int], Offer]:
         """The next round's plan, the drafts that lookup has for it, and what the controller was offered."""
