@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from mlx_step35.engine.queue import FairQueue
-from mlx_step35.engine.request import Event, Request
+from mlx_step35.engine.request import Event, Failed, Request
 from mlx_step35.engine.runner import Runner
 from mlx_step35.engine.worker import Job, Worker
 from mlx_step35.errors import Step35Error
@@ -105,6 +105,11 @@ class Engine:
         self.load_error = error
         if self._state == "loading":
             self._state = "ready" if error is None else "failed"
+        if error is not None:
+            with self._lock:
+                waiting, self._submissions = self._submissions, set()
+            for submission in waiting:
+                submission.emit(Failed(error))
         self._loaded.set()
 
 

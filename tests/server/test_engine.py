@@ -105,7 +105,10 @@ def test_loading_that_fails_is_told() -> None:
 
     async def main() -> None:
         engine = Engine(load)
+        _, preparer = make_engine()
+        waiting = engine.submit(request(preparer, "hi"))
         engine.start()
+        assert isinstance((await waiting.take(5))[0], Failed) and engine.num_open == 0
         assert str(await engine.loaded()) == "no weights" and engine.state == "failed"
         await asyncio.to_thread(engine.stop)
 
