@@ -26,9 +26,9 @@ from mlx_step35.checkpoint import load_checkpoint
 from mlx_step35.decoding import DecodeOptions, decode, prepare
 from mlx_step35.sampling import SamplingParams
 
-MAX_TOKENS = 96
-NUM_REQUESTS = 16
-NUM_ROUNDS = 7
+MAX_TOKENS = 64
+NUM_REQUESTS = 8
+NUM_ROUNDS = 5
 PLAIN = ("--mtp", "off", "--no-lookup")
 
 
