@@ -536,23 +536,30 @@ def source(split: str, seed: int) -> Iterator[str]:
             yield BOS + path.read_text(encoding="utf-8", errors="ignore") + "<｜end▁of▁sentence｜>"
 
 
-def dialogues(split: str, seed: int) -> Iterator[str]:
+def dialogues(split: str, seed: int, drill_share: float = DRILL_SHARE) -> Iterator[str]:
     values = Values(random.Random(f"{split}-{seed}"), split == "heldout")
     while True:
-        if split == "train" and values.rng.random() < DRILL_SHARE:
+        if split == "train" and values.rng.random() < drill_share:
             yield render(drill(values))
         else:
             yield render(*dialogue(values))
 
 
-def tokenized(split: str, seed: int, domain: str | None = None) -> Iterator[list[int]]:
-    """Documents as ids; without a domain both are mixed so that SOURCE_SHARE of the tokens is source."""
+def tokenized(
+    split: str,
+    seed: int,
+    domain: str | None = None,
+    *,
+    source_share: float = SOURCE_SHARE,
+    drill_share: float = DRILL_SHARE,
+) -> Iterator[list[int]]:
+    """Documents as ids; without a domain both are mixed so that `source_share` of the tokens is source."""
     tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))
-    streams = {"source": source(split, seed), "dialogue": dialogues(split, seed)}
+    streams = {"source": source(split, seed), "dialogue": dialogues(split, seed, drill_share)}
     count = {"source": 0, "dialogue": 0}
     pending: list[int] = []
     while True:
-        behind = "source" if count["source"] <= SOURCE_SHARE * sum(count.values()) else "dialogue"
+        behind = "source" if count["source"] <= source_share * sum(count.values()) else "dialogue"
         chosen = domain or behind
         if chosen == "source":
             # Files are long: hand them out in pieces, between dialogues.

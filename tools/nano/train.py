@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/nano"), help="where state and log go")
     parser.add_argument("--tokens", type=int, default=12_000_000, help="training tokens in all")
     parser.add_argument("--decay", type=float, default=0.25, help="last part of the run, with falling rate")
+    parser.add_argument("--source-share", type=float, default=data.SOURCE_SHARE, help="of tokens")
+    parser.add_argument("--drill-share", type=float, default=data.DRILL_SHARE, help="of dialogues")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
@@ -133,7 +135,10 @@ def main() -> None:
         step, seed = state["step"], args.seed + state["step"]  # fresh data after a restart
         print(f"resumed at step {step}")
     total = args.tokens // (LENGTH * BATCH)
-    stream = batches(packed(data.tokenized("train", seed)), BATCH - REPEATED)
+    stream = batches(
+        packed(data.tokenized("train", seed, source_share=args.source_share, drill_share=args.drill_share)),
+        BATCH - REPEATED,
+    )
     heldout = {
         domain: [next(part) for _ in range(4)]
         for domain in ("dialogue", "source")
