@@ -29,6 +29,7 @@ from typing import Any
 import httpx
 
 MAX_TOKENS = 32
+MAX_TRIES = 3
 START_TIMEOUT_S = 300
 
 Message = dict[str, Any]
@@ -252,7 +253,18 @@ def run_trace(server: Server, has_header: bool) -> list[Result]:
 def send(
     http: httpx.Client, model: str, messages: Sequence[Message], tools: Sequence[Message]
 ) -> tuple[Result, Message]:
-    """One streamed request; the answer as clients send it back."""
+    """One streamed request; the answer as clients send it back. Clients repeat what breaks off, so do we."""
+    for _ in range(MAX_TRIES):
+        if (sent := try_to_send(http, model, messages, tools)) is not None:
+            return sent
+        print("a stream ended without usage: asked again", file=sys.stderr, flush=True)
+    raise SystemExit(f"{MAX_TRIES} streams ended without usage")
+
+
+def try_to_send(
+    http: httpx.Client, model: str, messages: Sequence[Message], tools: Sequence[Message]
+) -> tuple[Result, Message] | None:
+    """As `send`, None if the stream ends before its last chunk."""
     body: Message = {
         "model": model,
         "messages": messages,
@@ -276,6 +288,8 @@ def send(
             text, reasoning = text + new[0], reasoning + new[1]
             for call in delta.get("tool_calls") or []:
                 merge_call(calls, call)
+    if not usage:
+        return None
     answer: Message = {"role": "assistant", "content": text, "reasoning_content": reasoning}
     if calls:
         answer["tool_calls"] = list(calls.values())
