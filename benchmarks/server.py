@@ -28,7 +28,7 @@ from mlx_step35.sampling import SamplingParams
 
 MAX_TOKENS = 64
 NUM_REQUESTS = 8
-NUM_ROUNDS = 5
+NUM_ROUNDS = 9
 PLAIN = ("--mtp", "off", "--no-lookup")
 
 
@@ -54,14 +54,17 @@ class Load:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="nano")
+    parser.add_argument("--overhead", action="store_true", help="measure the overhead only")
     parser.add_argument("--without-mlx-lm", action="store_true", help="measure this server only")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = float32_copy(options.model, Path(folder))
-        loads = measure("mlx_step35", ours(path, "--temp", "0"))
-        loads += measure("mlx_step35 plain", ours(path, "--temp", "0", *PLAIN))
-        if not options.without_mlx_lm:
+        loads: list[Load] = []
+        if not options.overhead:
+            loads += measure("mlx_step35", ours(path, "--temp", "0"))
+            loads += measure("mlx_step35 plain", ours(path, "--temp", "0", *PLAIN))
+        if not (options.without_mlx_lm or options.overhead):
             loads += measure("mlx_lm", mlx_lm(path))
         overhead = measure_overhead(path)
     for load in loads:
@@ -69,7 +72,10 @@ def main() -> int:
             f"{load.server:18} {load.clients} clients  first token {load.first_token_s:7.3f} s  "
             f"{load.tokens_per_s:7.1f} tokens/s"
         )
-    print(f"{overhead['bare_ms']:.2f} ms a token alone, {overhead['server_ms']:.2f} ms through the server")
+    print(
+        f"{overhead['bare_ms']:.2f} ms a token alone, {overhead['server_ms']:.2f} ms through the server: "
+        f"{overhead['overhead']:+.1%}"
+    )
     if options.json:
         print(json.dumps({"machine": machine(), "loads": [asdict(load) for load in loads], **overhead}))
     return 0
@@ -143,17 +149,18 @@ def measure_overhead(path: Path) -> dict[str, float]:
     server = ours(path, "--temp", "0", *PLAIN)
     with started(server) as base:
         for number in range(NUM_ROUNDS + 1):
-            seconds = alone(number)
+            before_s = alone(number)
             stream = ask(base, server.model, number)
+            after_s = alone(number)
             if number:
-                bare.append(seconds)
+                bare.append((before_s + after_s) / 2)
                 served.append(stream.decode_s / (stream.num_tokens - 1))
-    # The quickest round is the one that other programs disturbed least.
-    bare_s, served_s = min(bare), min(served)
+    # Each round is compared with its neighbours in time, because other programs disturb all of them.
+    ratios = [one / other for one, other in zip(served, bare, strict=True)]
     return {
-        "bare_ms": round(bare_s * 1000, 3),
-        "server_ms": round(served_s * 1000, 3),
-        "overhead": round(served_s / bare_s - 1, 4),
+        "bare_ms": round(statistics.median(bare) * 1000, 3),
+        "server_ms": round(statistics.median(served) * 1000, 3),
+        "overhead": round(statistics.median(ratios) - 1, 4),
     }
 
 
