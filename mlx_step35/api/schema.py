@@ -175,4 +175,7 @@ SCHEMAS: Mapping[str, Schema] = {
     "/v1/messages": _operation(_MESSAGES),
     "/v1/messages/count_tokens": _operation(_COUNT),
     "/v1/responses": _operation(_RESPONSE),
+    "/v1/models/{name:path}": {
+        "parameters": [{"name": "name", "in": "path", "required": True, "schema": _STRING}]
+    },
 }
