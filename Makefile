@@ -14,7 +14,7 @@ endif
 
 demo: $(VENV)/installed
 	$(BIN)/mlx_step35.generate --model nano --temp 0 --max-tokens 120 \
-	  --prompt "What is the capital of France?"
+	  --prompt "Hello!"
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
@@ -40,7 +40,8 @@ real: $(VENV)/installed
 # Remaking the bundled model and its golden vectors needs PyTorch, so they have an environment of their own.
 TOOLS := .venv-tools
 nano: $(TOOLS)/installed
-	$(TOOLS)/bin/python -m tools.nano.train
+	$(TOOLS)/bin/python -m tools.nano.train --out build/nano
+	$(TOOLS)/bin/python -m tools.nano.export --state build/nano/state.pt
 golden: $(TOOLS)/installed
 	$(TOOLS)/bin/python -m tools.nano.golden
 
