@@ -1,6 +1,6 @@
 """Memory and speed of conversion on a generated checkpoint of several gigabytes, beside mlx-lm's converter.
 
-    python benchmarks/convert.py --dir /tmp/bench
+    python benchmarks/convert.py --dir DIR
 
 Each converter runs in a process of its own; peak memory is what the operating system counted for it. The
 bound is twice the largest output tensor plus 1 GiB. mlx-lm is called as its command line does it, without the

@@ -1,6 +1,6 @@
 """Peak memory against the planner's prediction, on a generated checkpoint of some gigabytes.
 
-    python benchmarks/memory.py --dir /tmp/bench
+    python benchmarks/memory.py --dir DIR
 
 One full-size layer of each kind with packed random weights is written, then loaded, prefilled and decoded in
 a process of its own. Both MLX's peak and the operating system's peak resident set are printed beside what

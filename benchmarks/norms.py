@@ -1,6 +1,6 @@
 """What storing norms in bfloat16 costs, on the bundled model: divergence from the source, and mlx-lm's speed.
 
-    python benchmarks/norms.py --dir /tmp/norms
+    python benchmarks/norms.py --dir DIR
 
 The original release stores w; converted checkpoints store 1 + w. In bfloat16 that rounds, in float32 it makes
 stock mlx-lm compute everything behind the first norm in float32.
@@ -41,6 +41,7 @@ def main() -> None:
     convert(str(source), given.dir / "exact", dtype="float32")
     for name, choice in CHOICES.items():
         plain = given.dir / name.replace(" ", "-")
+        # Every choice is a set of keyword arguments; mypy sees one type for all their values.
         convert(str(source), plain, **choice)  # type: ignore[arg-type]
         exact = with_exact_norms(plain, given.dir / "exact")
         for norms, path in (("bfloat16", plain), ("float32", exact)):

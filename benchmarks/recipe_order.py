@@ -1,6 +1,6 @@
 """Which experts should get one more bit first? Divergence of the bundled model under several orders.
 
-    python benchmarks/recipe_order.py --dir /tmp/orders
+    python benchmarks/recipe_order.py --dir DIR
 
 Each order gets the same bytes: a third of the expert weights at 3 bits, the rest at 2, all else at 6.
 """

@@ -312,6 +312,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _mtp(text: str) -> MTPChoice | int:
     if text in ("auto", "off"):
+        # mypy does not narrow a string by the tuple it was found in.
         return text  # type: ignore[return-value]
     try:
         return int(text)

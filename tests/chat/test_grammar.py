@@ -143,7 +143,10 @@ def test_a_named_call_is_the_only_one(tokenizer: Tokenizer, compiler: GrammarCom
 def test_without_parallel_calls_there_is_one_at_most(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
     for result in walks(tokenizer, lambda: compiler.constraint(tools=TOOLS, parallel=False), 20):
         assert len(result.tool_calls) <= 1
-    make = lambda: compiler.constraint(tools=TOOLS, tool_choice="required", parallel=False)  # noqa: E731
+
+    def make() -> Constraint | None:
+        return compiler.constraint(tools=TOOLS, tool_choice="required", parallel=False)
+
     for result in walks(tokenizer, make, 20):
         assert len(result.tool_calls) == 1
 
