@@ -71,26 +71,30 @@ class Values:
         consonants, vowels = "bcdfghjklmnprstvwz", "aeiou"
         word = "".join(
             self.rng.choice(consonants) + self.rng.choice(vowels)
-            for _ in range(self.rng.choice([2, 2, 3, 3, 4]))
+            for _ in range(self.rng.choice([2, 2, 2, 3]))
         )
         return word + self.rng.choice(["", "", "n", "r", "s", "x", "t"])
 
     def noun(self) -> str:
         return self.rng.choice(NOUNS)
 
+    def term(self) -> str:
+        """Mostly a known word, else a made-up one."""
+        return self.noun() if self.rng.random() < 0.7 else self.word()
+
     def city(self) -> str:
-        return self.word().capitalize() if self.rng.random() < 0.45 else self.pick(CITIES)
+        return self.word().capitalize() if self.rng.random() < 0.3 else self.pick(CITIES)
 
     def name(self) -> str:
-        return self.word().capitalize() if self.rng.random() < 0.4 else self.pick(NAMES)
+        return self.word().capitalize() if self.rng.random() < 0.3 else self.pick(NAMES)
 
     def text(self) -> str:
         r = self.rng.random()
         if r < 0.25:
             return self.pick(PHRASES)
         words = [
-            self.rng.choice([self.noun, self.noun, self.word, lambda: self.rng.choice(ADJECTIVES)])()
-            for _ in range(self.rng.randint(1, 5))
+            self.term() if self.rng.random() < 0.75 else self.rng.choice(ADJECTIVES)
+            for _ in range(self.rng.randint(1, 4))
         ]
         if r < 0.35:
             words.insert(self.rng.randrange(len(words) + 1), str(self.integer()))
@@ -109,10 +113,10 @@ class Values:
         return self.rng.random() < 0.5
 
     def identifier(self) -> str:
-        return self.rng.choice([self.noun, self.word])() + "_" + self.rng.choice([self.noun, self.word])()
+        return self.term() + "_" + self.term()
 
     def path(self) -> str:
-        parts = [self.rng.choice([self.noun, self.word])() for _ in range(self.rng.randint(1, 3))]
+        parts = [self.term() for _ in range(self.rng.randint(1, 3))]
         return (
             self.rng.choice(["", "/", "./"])
             + "/".join(parts)
@@ -133,11 +137,11 @@ class Values:
 
     def code(self) -> str:
         return self.rng.choice(CODE).format(
-            a=self.rng.choice([self.noun, self.word])(), b=self.word(), n=self.integer()
+            a=self.term(), b=self.word(), n=self.integer()
         )
 
     def strings(self) -> list[str]:
-        return [self.rng.choice([self.noun, self.word])() for _ in range(self.rng.randint(1, 3))]
+        return [self.term() for _ in range(self.rng.randint(1, 3))]
 
     def mapping(self) -> dict[str, Any]:
         return {
@@ -182,7 +186,7 @@ class Signature:
 
     def __init__(self, values: Values, name: str | None = None) -> None:
         rng = values.rng
-        verb, noun = rng.choice(VERBS), values.noun() if rng.random() < 0.7 else values.word()
+        verb, noun = rng.choice(VERBS), values.term()
         self.name = name or rng.choice([f"{verb}_{noun}", f"{verb}_{noun}", f"{noun}_{verb}", verb])
         kinds = list(KINDS)
         chosen = rng.choices(kinds, [KIND_WEIGHTS.get(k, 1) for k in kinds], k=rng.choice([1, 1, 2, 2, 3]))
@@ -269,7 +273,7 @@ def result_and_answer(signature: Signature, arguments: dict[str, Any], values: V
         key, value = values.noun(), values.integer()
         return json.dumps({key: value}), f"The {key} is {value}."
     if style == 1:
-        word = values.word()
+        word = values.term()
         return json.dumps({"status": "ok", "id": word}), f'Done, the id is "{word}".'
     if style == 2:
         reason = values.rng.choice(["not found", "permission denied", "timeout", "invalid " + values.noun()])
@@ -287,7 +291,7 @@ def result_and_answer(signature: Signature, arguments: dict[str, Any], values: V
         return json.dumps(items), "I found " + ", ".join(f'"{item}"' for item in items) + "."
     if style == 6:
         return "ok", f"Done:\n{first}"
-    a, b = values.noun(), values.word()
+    a, b = values.noun(), values.term()
     return json.dumps({a: b, "count": values.integer()}, ensure_ascii=False), f'The {a} is "{b}".'
 
 
