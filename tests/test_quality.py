@@ -129,9 +129,9 @@ def test_memory_holds_one_layer_at_a_time(tmp_path: Path) -> None:
     before = mx.get_active_memory()
     measure(tmp_path / "source", tmp_path / "source", CHUNKS)
     peak = mx.get_peak_memory() - before
-    # On the CPU a layer is there twice for a moment, as stored and with its matrices turned.
-    assert peak < 2 * largest + 4_000_000
-    assert peak < everything / 2
+    # One layer, one of its matrices twice while it is turned, and the activations.
+    assert peak < 1.5 * largest
+    assert peak < everything / 3
 
 
 def test_figures_go_into_the_card(source: Path, quantised: dict[int, Path]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_step35.checkpoint import load_checkpoint
 from mlx_step35.config import ModelConfig
@@ -49,7 +50,7 @@ class LayerStream:
 
     def layer(self, index: int) -> Any:
         self._fill(f"model.layers.{index}.")
-        return self._model.layers[index]
+        return _settled(self._model.layers[index])
 
     def drop_layer(self, index: int) -> None:
         self._drop(self._model.layers, index)
@@ -59,6 +60,7 @@ class LayerStream:
         self._fill(f"mtp.layers.{index}.")
         assert self._model.mtp is not None
         layers: MTP = self._model.mtp
+        _settled(layers.layers[index])
         return layers
 
     def drop_mtp_layer(self, index: int) -> None:
@@ -115,3 +117,13 @@ class LayerStream:
             weight = mx.concatenate(pieces).reshape(job.weight.shape)
             mx.eval(weight)
             self._model.load_weights([(name, weight)], strict=False)
+
+
+def _settled(layer: Any) -> Any:
+    """The layer with its weights read one after another.
+
+    All at once, each would be there twice for a moment: as stored, and as the loader casts and turns it.
+    """
+    for _, weight in tree_flatten(layer.parameters()):
+        mx.eval(weight)
+    return layer
