@@ -16,6 +16,7 @@ from mlx_step35.checkpoint import load_checkpoint, read_config, resolve_model
 from mlx_step35.checkpoint.headers import INDEX, read_header, read_listing
 from mlx_step35.checkpoint.names import parameter_name, text_name
 from mlx_step35.config import ModelConfig
+from mlx_step35.convert import convert
 from mlx_step35.errors import CheckpointError, ConfigError, RequestError
 from mlx_step35.layout import backbone_weights, mtp_weights
 from mlx_step35.model import Model
@@ -230,6 +231,15 @@ class TestDtypes:
         error = mx.abs(model.logits(hidden) - exact(IDS)).mean() / mx.abs(exact(IDS)).mean()
         assert error.item() < 0.3
 
+    def test_packed_arrays_are_held_as_products_read_them(self, release_source: Path, tmp_path: Path) -> None:
+        """In any other order each product would first copy them whole, scales and biases too."""
+        convert(str(release_source), tmp_path / "out", True, q_bits=4)
+        arrays = dict(tree_flatten(load_checkpoint(tmp_path / "out").parameters()))
+        packed = [name for name in arrays if name.endswith(("scales", "biases"))]
+        mx.eval(arrays)
+        assert any(".switch_mlp." in name for name in packed)
+        assert not [name for name in packed if not memoryview(arrays[name]).c_contiguous]
+
     def test_one_is_added_to_norms_in_float32(self, tmp_path: Path) -> None:
         raw = tiny_config()
         tensors = tiny_weights(raw)
@@ -316,6 +326,15 @@ class TestFaults:
         shard(path).write_bytes(b"<html>not found</html>" * 100)
         refused(path, shard(path).name)
         shard(path).write_bytes((10).to_bytes(8, "little") + b'{"a": [1]}' + bytes(100))
+        refused(path, shard(path).name, "damaged header")
+
+    def test_metadata_may_be_null_but_not_a_number(self, path: Path) -> None:
+        """mx.save_safetensors without metadata writes null."""
+        mx.save_safetensors(str(shard(path)), dict(mx.load(str(shard(path)))))
+        assert b'"__metadata__":null' in shard(path).read_bytes()[:2000]
+        load_checkpoint(path)
+        text = b'{"__metadata__": 3}'
+        shard(path).write_bytes(len(text).to_bytes(8, "little") + text)
         refused(path, shard(path).name, "damaged header")
 
     def test_an_index_that_places_a_tensor_elsewhere(self, path: Path) -> None:

@@ -159,8 +159,10 @@ def _converted(array: mx.array, source: Source, compute: mx.Dtype) -> mx.array:
         # In the stored dtype a small w would vanish beside the 1.
         array = array.astype(mx.float32) + 1
     array = array.astype(compute)
-    if array.ndim > 1 and source.kind != "embedding" and _is_on_cpu():
+    is_matrix = source.name.endswith(".weight") and array.ndim > 1
+    if is_matrix and source.kind != "embedding" and _is_on_cpu():
         # Same shape, columns contiguous: x @ weight.T is half as fast the other way in the CPU wheels' BLAS.
+        # Scales and biases stay as they are: packed products would copy them whole each time.
         return mx.contiguous(array.swapaxes(-1, -2)).swapaxes(-1, -2)
     return array
 

@@ -68,7 +68,8 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path} is missing") from None
     try:
         parsed = json.loads(text)
-        metadata = parsed.pop("__metadata__", {})
+        # MLX writes null when there is none; any other value than an object is as damaged as the rest.
+        metadata = dict(parsed.pop("__metadata__", None) or {})
         entries = {name: _entry(path, 8 + length, fields) for name, fields in parsed.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} has a damaged header: {error}") from None

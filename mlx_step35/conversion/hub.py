@@ -1,6 +1,6 @@
 """Fetching a source from the hub and publishing a result; huggingface_hub resumes both."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
+    NotASafetensorsRepoError,
     RepositoryNotFoundError,
 )
 
 from mlx_step35.checkpoint import NANO, resolve_model
-from mlx_step35.checkpoint.headers import INDEX
+from mlx_step35.checkpoint.headers import INDEX, read_index
 from mlx_step35.conversion.journal import LOCK
 from mlx_step35.conversion.outputs import COPIED
 from mlx_step35.errors import RequestError, Step35Error
@@ -36,18 +37,30 @@ def fetch_small(source: str, revision: str | None) -> Path:
 
     Raises RequestError for what is neither, HubError when the hub does not give it.
     """
-    path = Path(source).expanduser()
-    if path.is_dir() or source == NANO:
+    if _is_local(source):
         return resolve_model(source)
+    path = Path(source).expanduser()
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise RequestError(f"'{source}' is neither a directory nor a hub repo id", field="hf_path")
     with _one_line(source):
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(SMALL)))
 
 
+def tensor_names(source: str, small: Path) -> Collection[str]:
+    """What a checkpoint holds, from its index; of a hub repo without one, from the header of its weights.
+
+    Empty for a directory without an index, whose headers are at hand anyway.
+    """
+    index = read_index(small)
+    if index or _is_local(source):
+        return index.keys()
+    with _one_line(source):
+        return HfApi().get_safetensors_metadata(source, revision=small.name).weight_map.keys()
+
+
 def fetch_shards(source: str, small: Path, shards: list[str]) -> Path:
     """The directory with these shards added, and sidecars if there are any; a local one has what it has."""
-    if Path(source).expanduser().is_dir() or source == NANO:
+    if _is_local(source):
         return small
     with _one_line(source):
         # The commit of the first step, so that a push in between mixes nothing.
@@ -80,6 +93,10 @@ def upload(directory: Path, repo: str) -> str:
     return str(address)
 
 
+def _is_local(source: str) -> bool:
+    return source == NANO or Path(source).expanduser().is_dir()
+
+
 @contextmanager
 def _one_line(repo: str) -> Iterator[None]:
     """The hub's many errors as one line each."""
@@ -91,6 +108,8 @@ def _one_line(repo: str) -> Iterator[None]:
         if isinstance(error, LocalEntryNotFoundError):
             raise HubError(f"the hub cannot be reached for {repo}") from None
         raise HubError(f"the hub has no {repo}, or this token may not see it") from None
+    except NotASafetensorsRepoError:
+        raise HubError(f"{repo} holds neither model.safetensors nor {INDEX}") from None
     except HFValidationError as error:
         raise RequestError(f"'{repo}' is no repo id: {error}", field="upload_repo") from None
     except HfHubHTTPError as error:

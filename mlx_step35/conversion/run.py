@@ -14,7 +14,7 @@ from mlx_step35.checkpoint.headers import read_index, read_json
 from mlx_step35.checkpoint.names import parameter_name, text_name
 from mlx_step35.config import ModelConfig
 from mlx_step35.conversion.card import CARD, Facts, model_card, source_license
-from mlx_step35.conversion.hub import fetch_shards, fetch_small, upload
+from mlx_step35.conversion.hub import fetch_shards, fetch_small, tensor_names, upload
 from mlx_step35.conversion.journal import Journal, locked, open_journal
 from mlx_step35.conversion.options import Options, choose_recipe
 from mlx_step35.conversion.outputs import SHARD_METADATA, sidecar_metadata, write_outputs
@@ -34,12 +34,11 @@ def run(options: Options) -> None:
     options.check()
     path = fetch_small(options.hf_path, options.revision)
     config = ModelConfig.from_hf(read_json(path / "config.json"))
-    index = read_index(path)
-    if options.dry_run and index:
+    if options.dry_run and (names := tensor_names(options.hf_path, path)):
         # Names are enough for a plan, so it can be made before anything large is downloaded.
-        plan = _plan(options, config, index.keys(), {}, {})
-        print(describe(plan, config))
+        print(describe(_plan(options, config, names, {}, {}), config))
         return
+    index = read_index(path)
     wanted = _names(index, config, options.mtp)
     path = fetch_shards(options.hf_path, path, _files(index, wanted))
     source = read_source(path, wanted)

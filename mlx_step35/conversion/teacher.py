@@ -124,6 +124,6 @@ def _settled(layer: Any) -> Any:
 
     All at once, each would be there twice for a moment: as stored, and as the loader casts and turns it.
     """
-    for _, weight in tree_flatten(layer.parameters()):
+    for weight in dict(tree_flatten(layer.parameters())).values():
         mx.eval(weight)
     return layer
