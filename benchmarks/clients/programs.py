@@ -1,6 +1,6 @@
 """The clients: what to install, what to write into their home directories, how to start them.
 
-The files here are the set-ups of docs/clients.md.
+The files here are the set-ups of the README.
 """
 
 import json
