@@ -97,16 +97,11 @@ class _Rows:
         return LayerSnapshot(offset, mx.contiguous(keys), mx.contiguous(values))
 
 
-class KVCache:
-    """Keys and values of every token of one full-attention layer."""
+class _Buffered:
+    """What both kinds have in common: rows in buffers."""
 
     def __init__(self) -> None:
         self._rows = _Rows()
-
-    @property
-    def offset(self) -> int:
-        """Tokens seen, and the position of the next one."""
-        return self._rows.end
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +116,15 @@ class KVCache:
     @state.setter
     def state(self, arrays: Sequence[mx.array]) -> None:
         self._rows.set_arrays(arrays)
+
+
+class KVCache(_Buffered):
+    """Keys and values of every token of one full-attention layer."""
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen, and the position of the next one."""
+        return self._rows.end
 
     def mask(self, num_tokens: int) -> Mask:
         """The mask for `num_tokens` new tokens over what `update` will return for them."""
@@ -176,28 +180,14 @@ class KVCache:
             )
 
 
-class SlidingKVCache:
+class SlidingKVCache(_Buffered):
     """Keys and values one sliding-attention layer can still need: its window and `slack` tokens before it."""
 
     def __init__(self, window: int, slack: int = DEFAULT_SLACK) -> None:
+        super().__init__()
         self.window = window
         self.slack = slack
         self.offset = 0
-        self._rows = _Rows()
-
-    @property
-    def nbytes(self) -> int:
-        """Allocated bytes, spare room included."""
-        return self._rows.nbytes
-
-    @property
-    def state(self) -> list[mx.array]:
-        """The arrays to evaluate after a model call."""
-        return self._rows.arrays()
-
-    @state.setter
-    def state(self, arrays: Sequence[mx.array]) -> None:
-        self._rows.set_arrays(arrays)
 
     def mask(self, num_tokens: int) -> Mask:
         """The mask for `num_tokens` new tokens over what `update` will return for them."""

@@ -64,7 +64,7 @@ def read_weight(job: Job, entries: Mapping[str, Entry]) -> Iterator[tuple[Slice,
             ahead = reader.submit(_read, job, parts, following) if following else None
             arrays = [_array(data, part.dtype, piece) for data, part in zip(raw, parts, strict=True)]
             if job.packed is not None:
-                yield piece, _unpack(arrays, job.packed)
+                yield piece, unpack(arrays, job.packed)
             elif scale is not None:
                 yield piece, _scaled(mx.from_fp8(arrays[0], dtype=mx.float32), scale, piece)
             elif job.weight.kind == "norm" and job.is_original:
@@ -151,7 +151,8 @@ def _array(data: np.ndarray, dtype: str, piece: Slice) -> mx.array:
     return array.reshape(piece.count, piece.rows, -1)
 
 
-def _unpack(arrays: list[mx.array], packed: Quantization) -> mx.array:
+def unpack(arrays: list[mx.array], packed: Quantization) -> mx.array:
+    """The weight of what MLX stores for a packed one: its words, scales and, in affine mode, biases."""
     weight, scales, *biases = arrays
     return mx.dequantize(
         weight,

@@ -20,7 +20,7 @@ from mlx_step35.conversion.outputs import index_json
 from mlx_step35.conversion.plan import Job, Plan
 from mlx_step35.conversion.source import Source
 from mlx_step35.conversion.tensorfile import read_range
-from mlx_step35.conversion.transform import DTYPES, Slice, read_weight
+from mlx_step35.conversion.transform import DTYPES, Slice, read_weight, unpack
 from mlx_step35.errors import CheckpointError
 from mlx_step35.layout import Kind
 from mlx_step35.quantization import Quantization
@@ -157,18 +157,7 @@ def _read_output(job: Job, entries: Mapping[str, Entry], piece: Slice) -> mx.arr
         data = read_range(entry, (piece.first * rows + piece.row) * width, piece.count * piece.rows * width)
         array = mx.array(np.frombuffer(data, np.uint8)).view(DTYPES[entry.dtype])
         arrays.append(array.reshape(piece.count, piece.rows, -1))
-    choice = job.quantization
-    if choice is None:
-        return arrays[0]
-    weight, scales, *biases = arrays
-    return mx.dequantize(
-        weight,
-        scales,
-        biases[0] if biases else None,
-        group_size=choice.group_size,
-        bits=choice.bits,
-        mode=choice.mode,
-    )
+    return arrays[0] if job.quantization is None else unpack(arrays, job.quantization)
 
 
 def _checksum(entry: Entry) -> str:
