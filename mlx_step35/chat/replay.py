@@ -23,8 +23,11 @@ from mlx_step35.chat.output import ParsedOutput
 from mlx_step35.chat.template import ChatTemplate, Rendered
 from mlx_step35.chat.tokenizer import Tokenizer
 
-# Four bytes each, and some objects: about 10 MB of answers.
-LIMIT_TOKENS = 2_000_000
+# Some ten thousand answers of coding agents.
+LIMIT_BYTES = 16_000_000
+# What an answer takes beside its tokens and the ids of its calls: digests, and its places in two tables.
+TURN_BYTES = 1_000
+CALL_BYTES = 150
 
 END_THINK = "</think>"
 # A prompt that ends like this has its thinking block behind it.
@@ -36,24 +39,29 @@ class Turn:
     """One answer: what was sampled behind the prompt with this digest, without the token that ends it."""
 
     prompt: bytes
-    tokens: tuple[int, ...]
-    reasoning: str
+    # As bytes: a tuple of numbers takes nine times as much.
+    tokens: bytes
+    # A digest of the thinking, which may be longer than the rest.
+    reasoning: bytes
     call_ids: frozenset[str]
     # Whether the prompt had closed the thinking block already.
     is_closed: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, about."""
+        return TURN_BYTES + len(self.tokens) + CALL_BYTES * len(self.call_ids)
 
 
 class TurnMemory:
     """Answers by their meaning, the newest ones; may be used from several threads."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate, limit_tokens: int = LIMIT_TOKENS
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, limit_bytes: int = LIMIT_BYTES) -> None:
         self.num_replayed = 0
+        self.nbytes = 0
         self._tokenizer = tokenizer
         self._template = template
-        self._limit_tokens = limit_tokens
-        self._num_tokens = 0
+        self._limit_bytes = limit_bytes
         self._turns: OrderedDict[tuple[bytes, bytes], Turn] = OrderedDict()
         self._by_meaning: dict[bytes, dict[bytes, Turn]] = {}
         self._lock = threading.Lock()
@@ -64,14 +72,14 @@ class TurnMemory:
         A turn whose end the client did not see is not kept: nothing it could echo has that meaning.
         """
         end_ids = set(self._tokenizer.eos_token_ids)
-        kept = tuple(tokens[:-1] if tokens and tokens[-1] in end_ids else tokens)
-        if answer.unfinished or not kept or len(kept) > self._limit_tokens:
+        kept = tokens[:-1] if tokens and tokens[-1] in end_ids else tokens
+        if answer.unfinished or not kept:
             return
         end_think = self._tokenizer.token_id(END_THINK)
         turn = Turn(
             _digest(prompt).digest(),
-            kept,
-            answer.reasoning or "",
+            _bytes(kept),
+            _thinking(answer.reasoning or ""),
             frozenset(call.id for call in answer.tool_calls),
             end_think is not None and end_think in list(prompt[-_CLOSED_TAIL:]),
         )
@@ -118,10 +126,11 @@ class TurnMemory:
         calls = message.get("tool_calls", ())
         functions = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
         ids = {call["id"] for call in calls}
-        reasoning = _squeezed(message["reasoning_content"])
+        shown = message["reasoning_content"].strip()
+        reasoning = _thinking(shown)
         with self._lock:
             turns = list(self._by_meaning.get(_meaning(message["content"], functions), {}).values())
-        same = [turn for turn in turns[::-1] if not reasoning or reasoning == _squeezed(turn.reasoning)]
+        same = [turn for turn in turns[::-1] if not shown or reasoning == turn.reasoning]
         return sorted(same, key=lambda turn: not turn.call_ids & ids)
 
     def _splice(self, marked: Rendered, marks: "_Marks") -> tuple[list[int], int | None]:
@@ -146,27 +155,34 @@ class TurnMemory:
                     turn = next((t for t in marks.turns[index] if t.prompt == digest.digest()), None)
                     if turn is None:
                         return [], index
-                    digest.update(_bytes(turn.tokens))
-                    ids += turn.tokens
+                    digest.update(turn.tokens)
+                    ids += _tokens(turn.tokens)
                     seen.add(index)
                 inside = None if is_last else index
         missing = [index for index in marks.turns if index not in seen]
         return ids, min(missing, default=None)
 
     def _keep(self, meaning: bytes, turn: Turn) -> None:
+        if turn.nbytes > self._limit_bytes:
+            return
         with self._lock:
-            key = (meaning, turn.prompt)
-            if (old := self._turns.pop(key, None)) is not None:
-                self._num_tokens -= len(old.tokens)
-            self._turns[key] = turn
+            self._forget((meaning, turn.prompt))
+            self._turns[meaning, turn.prompt] = turn
             self._by_meaning.setdefault(meaning, {})[turn.prompt] = turn
-            self._num_tokens += len(turn.tokens)
-            while self._num_tokens > self._limit_tokens:
-                (old_meaning, prompt), old = self._turns.popitem(last=False)
-                self._num_tokens -= len(old.tokens)
-                del self._by_meaning[old_meaning][prompt]
-                if not self._by_meaning[old_meaning]:
-                    del self._by_meaning[old_meaning]
+            self.nbytes += turn.nbytes
+            while self.nbytes > self._limit_bytes:
+                self._forget(next(iter(self._turns)))
+
+    def _forget(self, key: tuple[bytes, bytes]) -> None:
+        """Drop a turn if there is one; the lock must be held."""
+        turn = self._turns.pop(key, None)
+        if turn is None:
+            return
+        meaning, prompt = key
+        self.nbytes -= turn.nbytes
+        del self._by_meaning[meaning][prompt]
+        if not self._by_meaning[meaning]:
+            del self._by_meaning[meaning]
 
 
 class _Marks:
@@ -227,9 +243,18 @@ def _squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
+def _thinking(text: str) -> bytes:
+    """A digest of thinking that whitespace does not change."""
+    return hashlib.sha256(_squeezed(text).encode("utf-8", "surrogatepass")).digest()
+
+
 def _digest(tokens: Sequence[int]) -> "hashlib._Hash":
     return hashlib.sha256(_bytes(tokens))
 
 
 def _bytes(tokens: Sequence[int]) -> bytes:
     return array("i", tokens).tobytes()
+
+
+def _tokens(data: bytes) -> list[int]:
+    return array("i", data).tolist()

@@ -1,11 +1,13 @@
 """Own turns come back token for token, whatever a client did to their spelling, and only where they stood."""
 
+import gc
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
 
-from mlx_step35.chat.output import ParsedOutput, parse_output
+from mlx_step35.chat.output import ParsedOutput, ToolCall, parse_output
 from mlx_step35.chat.replay import TurnMemory
 from mlx_step35.chat.template import ChatTemplate
 from mlx_step35.chat.tokenizer import Tokenizer
@@ -190,18 +192,43 @@ def test_what_the_client_did_not_see_whole_is_not_kept(memory: TurnMemory, token
 
 
 def test_memory_is_bounded(tokenizer: Tokenizer, template: ChatTemplate) -> None:
-    memory = TurnMemory(tokenizer, template, limit_tokens=100)
+    memory = TurnMemory(tokenizer, template, limit_bytes=10_000)
     for number in range(50):
         text = f"{number}\n</think>\n{number} and so on"
         answer(memory, tokenizer, [{"role": "user", "content": str(number)}], text)
-        assert memory._num_tokens <= 100
-        assert memory._num_tokens == sum(len(turn.tokens) for turn in memory._turns.values())
+        assert memory.nbytes <= 10_000
+        assert memory.nbytes == sum(turn.nbytes for turn in memory._turns.values())
         assert sum(map(len, memory._by_meaning.values())) == len(memory._turns)
     newest = [{"role": "user", "content": "49"}, {"role": "assistant", "content": "49 and so on"}, RESULT]
     memory.encode(newest, TOOLS)
     assert memory.num_replayed == 1
     memory.encode([{"role": "user", "content": "0"}, {"role": "assistant", "content": "0 and so on"}], TOOLS)
     assert memory.num_replayed == 1
+
+
+@pytest.mark.parametrize(
+    ("num_turns", "num_tokens", "num_calls"), [(3000, 10, 0), (3000, 10, 4), (300, 3000, 0)]
+)
+def test_the_bound_is_what_the_interpreter_allocates(
+    tokenizer: Tokenizer, template: ChatTemplate, num_turns: int, num_tokens: int, num_calls: int
+) -> None:
+    limit = 1_000_000
+    memory = TurnMemory(tokenizer, template, limit_bytes=limit)
+
+    def remember(number: int) -> None:
+        calls = (ToolCall(f"call_{number:020}{i}", "get", "{}") for i in range(num_calls))
+        result = ParsedOutput(str(number), f"w{number} " * num_tokens, tuple(calls), "stop")
+        memory.remember([number], range(1000, 1000 + num_tokens), result)
+
+    tracemalloc.start()
+    try:
+        for number in range(num_turns):
+            remember(number)
+        gc.collect()
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.5 * limit < used < 1.1 * limit
 
 
 def test_big_numbers_stay_exact(memory: TurnMemory, tokenizer: Tokenizer) -> None:
