@@ -17,6 +17,7 @@ from mlx_step35.cache.layers import (
     LayerSnapshot,
     Mask,
     SlidingKVCache,
+    compact,
     make_layer_cache,
     window_mask,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "ModelCache",
     "ModelSnapshot",
     "SlidingKVCache",
+    "compact",
     "make_layer_cache",
     "window_mask",
 ]

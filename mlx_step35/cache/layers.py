@@ -28,6 +28,9 @@ SLIDING_ROOM = 64
 # unused.
 GROWTH_ROWS = 256
 
+# Arrays that 16 KB more or less are nothing to.
+LARGE_BYTES = 1 << 20
+
 Mask = mx.array | str | None
 
 
@@ -94,7 +97,7 @@ class _Rows:
         if self.keys is None:
             return LayerSnapshot(offset, None, None)
         keys, values = self.read(start)
-        return LayerSnapshot(offset, mx.contiguous(keys), mx.contiguous(values))
+        return LayerSnapshot(offset, compact(keys), compact(values))
 
 
 class _Buffered:
@@ -142,7 +145,7 @@ class KVCache(_Buffered):
         """Compact copies of rows start..end-1; later updates do not touch them."""
         assert 0 <= start <= end <= self.offset
         keys, values = self._rows.read(start)
-        return mx.contiguous(keys[:, :, : end - start]), mx.contiguous(values[:, :, : end - start])
+        return compact(keys[:, :, : end - start]), compact(values[:, :, : end - start])
 
     def place(self, num_tokens: int) -> int | None:
         """Make room for that many tokens; returns where they go, None without a buffer."""
@@ -305,6 +308,17 @@ def window_mask(num_tokens: int, num_past: int, window: int | None) -> Mask:
         return "causal"
     distance = num_past + mx.arange(num_tokens)[:, None] - mx.arange(num_past + num_tokens)[None]
     return (distance >= 0) & (distance < window)
+
+
+def compact(array: mx.array) -> mx.array:
+    """A copy that keeps nothing else alive.
+
+    `mx.contiguous` takes over a buffer that is up to 16 KB larger, as a slice of one head's rows has it: many
+    times what a small array counts for.
+    """
+    if array.nbytes >= LARGE_BYTES:
+        return mx.contiguous(array)
+    return mx.slice_update(mx.zeros(array.shape, array.dtype), array, mx.array([0]), axes=(0,))
 
 
 def _blank(like: mx.array, rows: int) -> mx.array:

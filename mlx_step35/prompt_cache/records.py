@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_step35.cache import KVCache, LayerSnapshot, ModelCache, SlidingKVCache
+from mlx_step35.cache import KVCache, LayerSnapshot, ModelCache, SlidingKVCache, compact
 from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftSnapshot, DraftState
 from mlx_step35.prompt_cache.index import TokenArray
@@ -167,4 +167,4 @@ def _draft_snapshot(cache: ModelCache) -> DraftSnapshot | None:
         return None
     draft: DraftSnapshot = cache.mtp.snapshot()
     # Rows are views of the pass they came from.
-    return DraftSnapshot(draft.first, None if draft.hidden is None else mx.contiguous(draft.hidden))
+    return DraftSnapshot(draft.first, None if draft.hidden is None else compact(draft.hidden))

@@ -52,6 +52,23 @@ def test_many_prompts_under_a_small_limit(tiny_model: Model) -> None:
     assert session.sync([*system, 7, 7, 7]).cached_tokens == 40
 
 
+def test_the_books_say_what_is_allocated(tiny_model: Model) -> None:
+    """Short prompts with draft rows: the buffers behind the arrays are no larger than these."""
+    session = make_session(tiny_model)
+    rng = random.Random(0)
+    run(session, tiny_model, [8] * 20, [], max_tokens=2, mtp=1)
+    session.reset()
+    session.store.clear()
+    gc.collect()
+    before = mx.get_active_memory()
+    for _ in range(30):
+        run(session, tiny_model, [rng.randint(8, 30) for _ in range(14)], [], max_tokens=2, mtp=1)
+    session.reset()
+    gc.collect()
+    assert len(session.store) >= 30
+    assert abs(mx.get_active_memory() - before - session.store.nbytes) < 0.02 * session.store.nbytes
+
+
 def memory_after(session: Session, model: Model, num_requests: int, seed: int) -> int:
     """Active bytes beside what the store and the live cache hold, after so many requests."""
     rng = random.Random(seed)
