@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 # Names of unknown fields that are logged; more than clients can have meant.
 _MAX_NAMES = 1000
+_MAX_NAME_LENGTH = 100
 
 
 class Metrics:
@@ -99,6 +100,8 @@ class Metrics:
         """Count fields nobody knows; each name is logged once."""
         for name in names:
             self.unknown_fields.labels(endpoint).inc()
-            if name not in self._seen and len(self._seen) < _MAX_NAMES:
-                self._seen.add(name)
-                logger.warning("%s: the request field %r is unknown and ignored", endpoint, name[:100])
+            # A name may be as long as a body.
+            shown = name[:_MAX_NAME_LENGTH]
+            if shown not in self._seen and len(self._seen) < _MAX_NAMES:
+                self._seen.add(shown)
+                logger.warning("%s: the request field %r is unknown and ignored", endpoint, shown)
