@@ -12,7 +12,7 @@ from mlx_step35.api.types import ChatRequest, CompletionRequest, GenerationReque
 from mlx_step35.chat.boundaries import prompt_boundaries
 from mlx_step35.chat.grammar import GrammarCompiler
 from mlx_step35.chat.output import OutputParser, PlainParser
-from mlx_step35.chat.replay import TurnMemory
+from mlx_step35.chat.replay import LIMIT_BYTES, TurnMemory
 from mlx_step35.chat.template import ChatTemplate
 from mlx_step35.chat.text_stream import TextStream
 from mlx_step35.chat.tokenizer import Tokenizer
@@ -49,9 +49,10 @@ class Preparer:
         template: ChatTemplate,
         defaults: GenerationDefaults,
         context_length: int,
+        turn_memory_bytes: int = LIMIT_BYTES,
     ) -> None:
         self.tokenizer = tokenizer
-        self._turns = TurnMemory(tokenizer, template)
+        self._turns = TurnMemory(tokenizer, template, turn_memory_bytes)
         self._defaults = defaults
         self._context_length = context_length
         self._grammar = GrammarCompiler(tokenizer)
