@@ -6,12 +6,14 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
+from urllib.parse import urlsplit
 
 import uvicorn
 from mlx.utils import tree_flatten
@@ -24,11 +26,12 @@ from mlx_step35.decoding import MTPChoice, prepare
 from mlx_step35.engine.engine import Engine
 from mlx_step35.engine.runner import Runner, Settings
 from mlx_step35.engine.session import Session
-from mlx_step35.errors import RequestError, Step35Error
+from mlx_step35.errors import CapacityError, RequestError, Step35Error
 from mlx_step35.guard import check_load, headroom, planner_of
 from mlx_step35.http.access import QuietBreaks
 from mlx_step35.http.app import create_app
 from mlx_step35.http.gate import is_loopback
+from mlx_step35.http.listening import address_of, bind
 from mlx_step35.http.preparing import Preparer
 from mlx_step35.http.settings import GenerationDefaults, ServerSettings
 from mlx_step35.prompt_cache.budget import default_limit
@@ -41,6 +44,7 @@ EXIT_USAGE = 2
 
 DEFAULT_NAME = "step-3.5-flash"
 KEY_VARIABLE = "MLX_STEP35_API_KEY"
+PROMPT_CACHE_DIR_BYTES = 32 * 2**30
 # How long streams under way may go on after SIGTERM.
 SHUTDOWN_S = 10
 
@@ -91,14 +95,24 @@ def run(arguments: Sequence[str]) -> int:
         return asyncio.run(_serve(job))
     except KeyboardInterrupt:
         return 0
-    except Step35Error as error:
+    except (Step35Error, OSError) as error:
         return _fail(error)
 
 
 async def _serve(job: Job) -> int:
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(listener) for listener in bind(job.host, job.port)]
+        return await _load_and_serve(job, listeners)
+
+
+async def _load_and_serve(job: Job, listeners: list[socket.socket]) -> int:
     path = resolve_model(job.model)
     config = read_config(path)
-    context_length = min(job.max_context or config.context_length, config.context_length)
+    context_length = job.max_context or config.context_length
+    if context_length > config.context_length:
+        raise RequestError(
+            f"--max-context {context_length}: this model holds {config.context_length} tokens", "max_context"
+        )
     check_load(path, context_length if job.max_context else None)
     preparer = Preparer(
         Tokenizer.from_directory(path), ChatTemplate.from_directory(path), job.defaults, context_length
@@ -116,22 +130,22 @@ async def _serve(job: Job) -> int:
         keepalive_s=job.keepalive_s,
         request_timeout_s=job.request_timeout_s,
     )
-    return await serve(engine, preparer, settings, job.host, job.port)
+    return await serve(engine, preparer, settings, listeners)
 
 
-async def serve(engine: Engine, preparer: Preparer, settings: ServerSettings, host: str, port: int) -> int:
+async def serve(
+    engine: Engine, preparer: Preparer, settings: ServerSettings, listeners: list[socket.socket]
+) -> int:
     """Answer requests until a signal comes or the model cannot be loaded; returns the exit code."""
     server = HttpServer(
         uvicorn.Config(
             create_app(engine, preparer, settings),
-            host=host,
-            port=port,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=SHUTDOWN_S,
         )
     )
-    serving = asyncio.create_task(server.serve())
+    serving = asyncio.create_task(server.serve(listeners))
     loading = asyncio.create_task(engine.loaded())
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
     if engine.load_error is not None:
@@ -139,7 +153,7 @@ async def serve(engine: Engine, preparer: Preparer, settings: ServerSettings, ho
         await serving
         return _fail(engine.load_error)
     if not serving.done():
-        logger.info("%s is ready at http://%s:%d", settings.served.name, host, port)
+        logger.info("%s is ready at http://%s", settings.served.name, address_of(listeners[0]))
     await serving
     await loading
     return 0 if server.started else EXIT_FAILURE
@@ -148,6 +162,13 @@ async def serve(engine: Engine, preparer: Preparer, settings: ServerSettings, ho
 def _load(job: Job, path: Path) -> Runner:
     """Runs on the engine's thread, which owns all arrays from here on."""
     model = load_checkpoint(path, job.dtype)
+    if model.mtp is None and job.defaults.mtp not in ("auto", "off"):
+        raise RequestError(f"--mtp {job.defaults.mtp} needs MTP layers: {model.mtp_reason}", "mtp")
+    disk = None
+    if job.prompt_cache_dir is not None:
+        # Before the weights are read: a directory that cannot be used should say so at once.
+        identity = fingerprint(path, str(model.dtype))
+        disk = DiskTier(job.prompt_cache_dir, job.prompt_cache_dir_bytes, identity)
     prepare(model)
     limit_bytes = job.prompt_cache_bytes
     if limit_bytes is None:
@@ -155,10 +176,6 @@ def _load(job: Job, path: Path) -> Runner:
         limit_bytes = default_limit(planner, job.max_context or model.config.context_length, headroom())
     logger.info("saved prompts may take %.2f GB", limit_bytes / 1e9)
     store = PromptCacheStore(limit_bytes)
-    disk = None
-    if job.prompt_cache_dir is not None:
-        identity = fingerprint(path, str(model.dtype))
-        disk = DiskTier(job.prompt_cache_dir, job.prompt_cache_dir_bytes, identity)
     return Runner(model, Session(model, store, disk), Settings(job.prefill_step_size))
 
 
@@ -180,8 +197,13 @@ class HttpServer(uvicorn.Server):
 
 
 def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return EXIT_USAGE if isinstance(error, RequestError) else EXIT_FAILURE
+    """Say in one line why there is no server; returns the exit code."""
+    # A library's message may draw pictures, or say nothing at all.
+    reason = " ".join(str(error).split()) or type(error).__name__
+    print(f"error: {reason}", file=sys.stderr)
+    if not isinstance(error, Step35Error | OSError):
+        logger.debug("the traceback", exc_info=error)
+    return EXIT_USAGE if isinstance(error, RequestError | CapacityError) else EXIT_FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -192,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-alias", action="append", default=[], help="a further name; claude-* always works")
     add("--dtype", choices=get_args(DTypeName), default="auto")
     add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8080)
+    add("--port", type=_port, default=8080, help="0 is any free one (%(default)s)")
     _add_generation_flags(parser)
     _add_access_flags(parser)
     add("--max-context", type=_positive, help="tokens of prompt and answer together (the model's limit)")
@@ -223,7 +245,7 @@ def _add_prompt_cache_flags(parser: argparse.ArgumentParser) -> None:
         help="memory for saved prompts, such as 8GB; 0 is none (what weights and the longest context leave)",
     )
     add("--prompt-cache-dir", type=Path, help="keep saved prompts here across restarts (off)")
-    add("--prompt-cache-dir-bytes", type=_size, default=32 * 2**30, help="size of that directory (32GiB)")
+    add("--prompt-cache-dir-bytes", type=_size, help="size of that directory (32GiB)")
     add(
         "--keep-billing-header",
         action="store_true",
@@ -235,16 +257,27 @@ def _add_access_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("access").add_argument
     add("--api-key", help=f"key that clients must send (${KEY_VARIABLE}; none)")
     add("--insecure", action="store_true", help="listen beyond this machine without a key")
-    add("--cors-origin", action="append", default=[], help="web page that may send requests, or '*'")
+    add(
+        "--cors-origin",
+        type=_origin,
+        action="append",
+        default=[],
+        help="web page that may send requests, or '*'",
+    )
 
 
 def _job(options: argparse.Namespace) -> Job:
     """The options as values. Raises RequestError for a combination that is refused."""
-    key = options.api_key or os.environ.get(KEY_VARIABLE) or None
+    key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE) or None
+    # No header could carry another one; an empty key is a variable that was not set.
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip() != ""):
+        raise RequestError("the API key must be printable ASCII without spaces around it", "api_key")
     if key is None and not is_loopback(options.host) and not options.insecure:
         raise RequestError(
             f"--host {options.host} can be reached from other machines: set --api-key, or --insecure", "host"
         )
+    if options.prompt_cache_dir_bytes is not None and options.prompt_cache_dir is None:
+        raise RequestError("--prompt-cache-dir-bytes needs --prompt-cache-dir", "prompt_cache_dir_bytes")
     mtp = cast(MTPChoice, options.mtp if options.mtp in ("auto", "off") else int(options.mtp))
     return Job(
         model=options.model,
@@ -271,9 +304,26 @@ def _job(options: argparse.Namespace) -> Job:
         request_timeout_s=options.request_timeout,
         prompt_cache_bytes=options.prompt_cache_bytes,
         prompt_cache_dir=options.prompt_cache_dir,
-        prompt_cache_dir_bytes=options.prompt_cache_dir_bytes,
+        prompt_cache_dir_bytes=PROMPT_CACHE_DIR_BYTES
+        if options.prompt_cache_dir_bytes is None
+        else options.prompt_cache_dir_bytes,
         log_level=options.log_level,
     )
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError("must be between 0 and 65535")
+    return value
+
+
+def _origin(text: str) -> str:
+    parts = urlsplit(text)
+    is_origin = bool(parts.netloc) and text == f"{parts.scheme}://{parts.netloc}".lower()
+    if not is_origin and text not in ("*", "null"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin; write https://example.com, or '*'")
+    return text
 
 
 def _positive(text: str) -> int:
@@ -305,7 +355,7 @@ def _size(text: str) -> int:
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = text.rstrip("kKmMgGiIbB ")
     unit = text[len(number) :].strip().upper()
-    if unit not in units or not number:
+    if unit not in units or not number or not 0 <= float(number) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 8GB, or a number of bytes")
     return int(float(number) * units[unit])
 

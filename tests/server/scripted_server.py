@@ -6,8 +6,10 @@ import logging
 import sys
 
 from mlx_step35.api.models import Served
+from mlx_step35.chat.replay import LIMIT_BYTES
 from mlx_step35.engine.engine import Engine
 from mlx_step35.http.access import QuietBreaks
+from mlx_step35.http.listening import bind
 from mlx_step35.http.preparing import Preparer
 from mlx_step35.http.settings import GenerationDefaults, ServerSettings
 from mlx_step35.server import serve
@@ -24,11 +26,12 @@ def main(script: Script = obey) -> int:
     parser.add_argument("--keepalive", type=float, default=1.5)
     parser.add_argument("--token-s", type=float, default=0.0)
     parser.add_argument("--prompt-cache-bytes", type=int, default=10**9)
+    parser.add_argument("--turn-memory-bytes", type=int, default=LIMIT_BYTES)
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("uvicorn.error").addFilter(QuietBreaks())
     tokenizer, template = nano_texts()
-    preparer = Preparer(tokenizer, template, GenerationDefaults(), options.ctx)
+    preparer = Preparer(tokenizer, template, GenerationDefaults(), options.ctx, options.turn_memory_bytes)
     engine = Engine(
         lambda: scripted_runner(tokenizer, options.ctx, script, options.token_s, options.prompt_cache_bytes),
         options.queue,
@@ -39,7 +42,7 @@ def main(script: Script = obey) -> int:
         max_body_bytes=options.max_body,
         keepalive_s=options.keepalive,
     )
-    return asyncio.run(serve(engine, preparer, settings, "127.0.0.1", options.port))
+    return asyncio.run(serve(engine, preparer, settings, bind("127.0.0.1", options.port)))
 
 
 if __name__ == "__main__":
