@@ -3,8 +3,11 @@
 Copying needs a chain: one head looks at the token before, a later one finds where the current tokens stood
 earlier, the last one where the text to come can be copied from. The language loss alone finds that chain only
 after far more tokens than this model is trained on, so head 0 of a few layers is told, by the share of its
-attention that falls on the right keys. So is head 0 of each MTP layer, within its window.
+attention that falls on the right keys. So is head 0 of each MTP layer, within its window. The name of a
+parameter is one token, too short to be told from chance elsewhere, so where one begins is guided by itself.
 """
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from tools.nano.model import Nano
 PREVIOUS_LAYERS = (1, 2)  # sliding: the token before
 MATCH_LAYER, SOURCE_LAYER = 4, 8  # full: what followed the same tokens earlier; where the next tokens stand
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2
+NAME_OPENING = ("parameter", "=")  # the tokens before a parameter's name
 PAD = 2
 FIRST_TEXT_ID = 12  # below are special tokens
 SHORTEST_PERIOD = 12
@@ -55,7 +59,19 @@ def without_space() -> Tensor:
     return ids
 
 
-def matches(ids: Tensor) -> tuple[Tensor, Tensor]:
+def name_openings(ids: Tensor) -> Tensor:
+    """(B, L): whether the name of a parameter comes next."""
+    before, last = _opening_ids()
+    return (ids == last) & (F.pad(ids[:, :-1], (1, 0)) == before)
+
+
+@cache
+def _opening_ids() -> tuple[int, ...]:
+    tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))
+    return tuple(tokenizer.token_to_id(token) for token in NAME_OPENING)
+
+
+def matches(ids: Tensor, openings: Tensor) -> tuple[Tensor, Tensor]:
     """(B, L, L) each: keys after the longest repetition of what ends at i; keys where what follows begins."""
     ahead = F.pad(ids[:, 1:], (0, 1), value=-1)
     behind = F.pad(ids[:, :-1], (1, 0), value=-2)
@@ -69,20 +85,24 @@ def matches(ids: Tensor) -> tuple[Tensor, Tensor]:
         past += run_past
         future += run_future
     is_text = (ids != PAD)[:, :, None]
-    return _longest(past) & is_text, _longest(future) & is_text
+    shortest = torch.where(openings, 1, SHORTEST_MATCH)[:, :, None]
+    return _longest(past, SHORTEST_MATCH) & is_text, _longest(future, shortest) & is_text
 
 
-def _longest(length: Tensor) -> Tensor:
+def _longest(length: Tensor, shortest: Tensor | int) -> Tensor:
     best = length.amax(-1, keepdim=True)
-    return (length == best) & (best >= SHORTEST_MATCH)
+    return (length == best) & (best >= shortest)
 
 
 def guide_losses(model: Nano, ids: Tensor, plain: Tensor, num_repeated: int) -> list[Tensor]:
     """Mean of -log(attention on the right keys) per guided layer, after `watch` and a forward pass.
 
-    The last `num_repeated` rows, from `repeated_rows`, weigh as much as the other guided ones.
+    The last `num_repeated` rows, from `repeated_rows`, weigh as much as the other guided ones, and so do the
+    beginnings of parameters' names.
     """
-    follows, begins = matches(plain[ids[-GUIDED_ROWS:]])
+    guided = plain[ids[-GUIDED_ROWS:]]
+    openings = name_openings(guided)
+    follows, begins = matches(guided, openings)
     previous = torch.eye(ids.shape[1], dtype=torch.bool).roll(1, 0).tril()[None].expand_as(follows)
     targets = {**dict.fromkeys(PREVIOUS_LAYERS, previous), MATCH_LAYER: follows, SOURCE_LAYER: begins}
     for k in range(model.config.num_mtp_layers):
@@ -96,9 +116,13 @@ def guide_losses(model: Nano, ids: Tensor, plain: Tensor, num_repeated: int) -> 
         visible = (distance >= 0) & (distance < (attention.window or len(rows)))
         scores = attention.scores.float().masked_fill(~visible, -torch.inf)
         wanted = wanted & visible
-        for part in (slice(None, -num_repeated), slice(-num_repeated, None)):
-            has_target = wanted[part].any(-1)
-            if has_target.any():
-                on_right = scores[part].masked_fill(~wanted[part], -torch.inf)[has_target].logsumexp(-1)
-                result.append((scores[part][has_target].logsumexp(-1) - on_right).mean())
+        has_target = wanted.any(-1)
+        is_repeated = torch.arange(len(guided))[:, None] >= len(guided) - num_repeated
+        groups = [has_target & ~is_repeated, has_target & is_repeated]
+        if index == SOURCE_LAYER:
+            groups.append(has_target & openings)
+        for group in groups:
+            if group.any():
+                on_right = scores.masked_fill(~wanted, -torch.inf)[group].logsumexp(-1)
+                result.append((scores[group].logsumexp(-1) - on_right).mean())
     return result
