@@ -81,12 +81,6 @@ def mtp_kv_bytes(config: ModelConfig, context: int, dtype_bytes: int = 2, slack:
     ) * (dtype_bytes)
 
 
-def snapshot_bytes(config: ModelConfig, context: int, dtype_bytes: int = 2, mtp: bool = True) -> int:
-    """A resume point: the window of every sliding layer. Full-attention rows are kept once per prefix."""
-    heads = mtp_kv_bytes(config, context, dtype_bytes) if mtp else 0
-    return _sliding_bytes(config, context, dtype_bytes, slack=0) + heads
-
-
 def expected_experts(config: ModelConfig, num_tokens: int) -> float:
     """Experts of a layer that some tokens touch if each chooses independently: a pessimistic bound."""
     return config.num_experts * (1 - (1 - config.top_k / config.num_experts) ** num_tokens)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from mlx_step35.config import LayerConfig, ModelConfig
-from mlx_step35.costs import GIB, mtp_kv_bytes
+from mlx_step35.costs import GIB, kv_bytes, kv_bytes_per_token, mtp_kv_bytes
 from mlx_step35.layout import DTYPE_BYTES, Kind, Recipe, Tensor, backbone_weights, mtp_weights, stored_tensors
 
 # Spare rows of a cache's buffers: sliding layers keep this many older ones for rollbacks, and write this many
@@ -18,8 +18,12 @@ SLACK = 16
 SLIDING_ROOM = 64
 GROWTH_ROWS = 256
 
-# Queries that attention handles at a time where it works in blocks, if the window is not longer.
+# Full-attention rows of saved prefixes are shared in blocks of so many tokens; each snapshot owns the rest.
+SNAPSHOT_BLOCK = 256
+
+# Queries that attention handles at a time: of a causal product on the CPU, and at least of a sliding layer.
 CAUSAL_BLOCK = 128
+MIN_BLOCK = 128
 
 # Left to macOS and everything else when the GPU limit is raised; StepFun's own advice for 128 GB is the same.
 RESERVE_BYTES = 8 * GIB
@@ -179,13 +183,29 @@ def draft_bytes(config: ModelConfig, context: int, value_bytes: int = 2, slack: 
     return caches + rows * config.hidden_size * value_bytes
 
 
-def workspace_bytes(config: ModelConfig, chunk: int, context: int, backend: Backend = GPU) -> int:
-    """Intermediate arrays of the widest layer of a prefill pass over `chunk` tokens.
+def snapshot_bytes(config: ModelConfig, context: int, value_bytes: int = 2, *, mtp: bool = True) -> int:
+    """A saved prefix without the blocks of full-attention rows that it shares with others.
 
-    Layers run one after the other, so one layer's arrays are the peak; twice, because MLX allocates for
-    operations ahead while those before them are still running. Measured: 1.0 to 2.1 times one layer's.
+    The rows of sliding layers that a rollback may need, full-attention rows behind the last block, and the
+    hidden rows from which drafts start.
     """
-    return 2 * max(_layer_workspace(config, layer, chunk, context, backend) for layer in config.layers)
+    kept = SLACK - 1
+    sliding = kv_bytes(config, context, value_bytes, kept) - kv_bytes_per_token(config, value_bytes) * context
+    tail = kv_bytes_per_token(config, value_bytes) * (context % SNAPSHOT_BLOCK)
+    if not (mtp and config.mtp_layers):
+        return sliding + tail
+    reach = max(layer.window or config.context_length for layer in config.mtp_layers) - 1
+    rows = min(context, len(config.mtp_layers) * reach + 1)
+    return sliding + tail + rows * config.hidden_size * value_bytes
+
+
+def workspace_bytes(config: ModelConfig, chunk: int, context: int, backend: Backend = GPU) -> int:
+    """Intermediate arrays of the widest layer of the prefill pass that ends at `context`.
+
+    Three quarters of all of them at once, though each is needed only by the next: MLX allocates for what is
+    ahead while the operations before it still run. On the CPU peaks were 0.60 to 0.74 of all.
+    """
+    return 3 * max(_layer_workspace(config, layer, chunk, context, backend) for layer in config.layers) // 4
 
 
 def raised_limit(memory_bytes: int) -> int:
@@ -213,30 +233,53 @@ def _layer_bytes(layer: LayerConfig, rows: int, value_bytes: int, slack: int = S
 def _layer_workspace(
     config: ModelConfig, layer: LayerConfig, chunk: int, context: int, backend: Backend
 ) -> int:
-    size, hidden = backend.value_bytes, chunk * config.hidden_size
-    heads = chunk * layer.num_heads
-    # Queries before and after the norm and the rotation, and the output.
-    attention = 4 * heads * layer.head_dim * size
+    # Both norms, both parts' outputs and both sums with the residual stream.
+    stream = 6 * chunk * config.hidden_size * backend.value_bytes
+    feed_forward = _feed_forward_workspace(config, layer, chunk, backend)
+    return stream + _attention_workspace(layer, chunk, context, backend) + feed_forward
+
+
+def _attention_workspace(layer: LayerConfig, chunk: int, context: int, backend: Backend) -> int:
+    size = backend.value_bytes
     row_bytes = 2 * layer.num_kv_heads * layer.head_dim * size
-    if layer.window is None:
-        # The buffer is copied into a larger one, so for a moment there are both.
-        queries, keys = min(chunk, CAUSAL_BLOCK), context
-        attention += keys * row_bytes
-    else:
-        queries = min(chunk, max(layer.window, CAUSAL_BLOCK))
-        keys = min(context, queries + layer.window - 1)
-        # The mask of a block and the distances it is made from; keys and values of the chunk in one piece.
-        attention += 5 * queries * keys + min(context, chunk + layer.window - 1) * row_bytes
+    # A full layer's buffer is copied into a larger one; a sliding layer joins its rows and the chunk's.
+    reach = context if layer.window is None else min(context, chunk + layer.window - 1)
+    # Queries projected, normed and rotated; the output of blocks, joined, and gated.
+    queries = 6 * chunk * layer.num_heads * layer.head_dim * size
+    cells = _score_cells(layer.window, chunk, context - chunk)
+    # A mask, and the distances it is made from.
+    attention = queries + reach * row_bytes + (0 if layer.window is None else 7 * cells)
     if not backend.has_fused_attention:
-        # Scores and their softmax of a block in float32, and keys transposed.
-        attention += 2 * queries * layer.num_heads * keys * 4 + keys * row_bytes
-    if layer.is_moe:
-        pairs = chunk * config.top_k
-        # The experts' outputs in sorted and in token order, or the latter and its float32 product with the
-        # routing weights; before that their inputs, gate, up and what these give.
-        outputs = pairs * config.hidden_size * max(2 * size, size + 4)
-        inside = pairs * (config.hidden_size + 3 * config.moe_intermediate_size) * size
-        feed_forward = max(outputs, inside)
-    else:
-        feed_forward = 3 * chunk * layer.intermediate_size * size
-    return 3 * hidden * size + max(attention, feed_forward)
+        # Scores, which their softmax replaces; queries scaled, and keys transposed.
+        scaled = chunk * layer.num_heads * layer.head_dim * size
+        attention += 4 * cells * layer.num_heads + scaled + reach * row_bytes // 2
+    return attention
+
+
+def _feed_forward_workspace(config: ModelConfig, layer: LayerConfig, chunk: int, backend: Backend) -> int:
+    size = backend.value_bytes
+    if not layer.is_moe:
+        return 3 * chunk * layer.intermediate_size * size
+    # The experts' inputs, their outputs in sorted and in token order, and the float32 product of the latter
+    # with the routing weights; gate, up and what these give; the same three of the shared expert.
+    outside = config.top_k * config.hidden_size * (3 * size + 4)
+    inside = 3 * (config.top_k * config.moe_intermediate_size + config.share_expert_dim) * size
+    return chunk * (outside + inside)
+
+
+def _score_cells(window: int | None, chunk: int, past: int) -> int:
+    """Pairs of a query and a key in the blocks that attention works in, masked ones included."""
+    if window is None or past + chunk <= window:
+        return sum(length * (past + end) for end, length in _blocks(chunk, CAUSAL_BLOCK))
+    block = max(window, MIN_BLOCK)
+    if chunk < 2 * block:
+        return chunk * (min(past, window - 1) + chunk)
+    return sum(
+        length * (min(past + end - length, window - 1) + length) for end, length in _blocks(chunk, block)
+    )
+
+
+def _blocks(chunk: int, block: int) -> list[tuple[int, int]]:
+    """End and length of every block of a chunk."""
+    ends = [*range(block, chunk, block), chunk]
+    return [(end, end - start) for start, end in zip([0, *ends], ends, strict=False)]

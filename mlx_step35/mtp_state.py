@@ -122,9 +122,10 @@ class DraftState:
             self._truncate(k, min(layer.end, self.end - 1 - k))
 
     def snapshot(self) -> DraftSnapshot:
-        """The present h(0) rows; later calls do not touch them."""
+        """The present h(0) rows as far as they are useful; later calls do not touch them."""
         rows = self._hidden[0]
-        return DraftSnapshot(rows.first, rows.read(rows.first, rows.end) if rows.end > rows.first else None)
+        first = max(rows.first, rows.end - self.num_useful_rows)
+        return DraftSnapshot(first, rows.read(first, rows.end) if rows.end > first else None)
 
     def _plan(self, depth: int) -> list["_Run"]:
         """Where each of the first `depth` layers must start so that all can draft from the newest row."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_step35 import costs
+from mlx_step35 import costs, memory
 from mlx_step35.config import ModelConfig
 from mlx_step35.layout import Recipe, Weight, backbone_weights, mtp_weights, stored_tensors
 from mlx_step35.quantization import Quantization
@@ -73,14 +73,19 @@ def test_kv_table(config: ModelConfig, context: int, gibibytes: float) -> None:
     sliding = 66 << 20
     assert costs.kv_bytes(config, context) == int(gibibytes * GIB) + sliding
     assert costs.mtp_kv_bytes(config, context) == 6 << 20
-    assert costs.snapshot_bytes(config, context) == sliding + (6 << 20)
-    assert costs.snapshot_bytes(config, context, mtp=False) == sliding
 
 
 def test_short_contexts_do_not_fill_the_window(config: ModelConfig) -> None:
     assert costs.kv_bytes(config, 10) == 10 * 45 * 2 * 8 * 128 * 2
     assert costs.kv_bytes(config, 1000, slack=16) - costs.kv_bytes(config, 1000) == 33 * 16 * 4096
-    assert costs.snapshot_bytes(config, 0) == 0
+
+
+def test_a_snapshot_holds_what_a_rollback_and_the_drafts_need(config: ModelConfig) -> None:
+    sliding = 33 * (511 + 16) * 4096
+    assert memory.snapshot_bytes(config, 65536, mtp=False) == sliding
+    assert memory.snapshot_bytes(config, 65536) == sliding + (3 * 511 + 1) * 4096 * 2
+    assert memory.snapshot_bytes(config, 65537, mtp=False) == sliding + 48 * 1024
+    assert memory.snapshot_bytes(config, 0) == 0
 
 
 def test_kinds_add_up(config: ModelConfig) -> None:

@@ -1,5 +1,6 @@
 """The planner against converted checkpoints, real caches and a measured run, and its command line."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +9,20 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_step35 import costs, memory, plan
+from mlx_step35 import attention, costs, memory, plan, products
+from mlx_step35.cache import layers
 from mlx_step35.checkpoint import load_checkpoint, read_config, resolve_model
 from mlx_step35.checkpoint.headers import read_header
 from mlx_step35.config import ModelConfig
 from mlx_step35.convert import convert
+from mlx_step35.decoding import DecodeOptions, decode, prepare
 from mlx_step35.errors import RequestError
 from mlx_step35.model import Model
 from mlx_step35.plan.report import describe
+from mlx_step35.prompt_cache.index import as_tokens
+from mlx_step35.prompt_cache.records import BLOCK_TOKENS, Block, take
+from mlx_step35.sampling import SamplingParams
+from tests.release import release_config
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -121,10 +128,47 @@ def test_cache_bytes_equal_nbytes(tiny_model: Model, passes: list[int]) -> None:
     assert cache.nbytes == memory.allocated_bytes(config, passes, 4)
     assert cache.nbytes <= memory.allocated_bytes(config, [context], 4)
     # A snapshot has no spare rows, but those a rollback may need: a slack of 16 after the window less one.
-    assert cache.snapshot().nbytes == costs.kv_bytes(config, context, 4, slack=15)
-    window = costs.snapshot_bytes(config, context, 4, mtp=False)
-    full = costs.kv_bytes_per_token(config, 4) * context
-    assert costs.kv_bytes(config, context, 4) == window + full
+    assert cache.snapshot().nbytes == costs.kv_bytes(config, context, 4, slack=memory.SLACK - 1)
+
+
+@pytest.mark.parametrize("mtp", ["off", 3])
+@pytest.mark.parametrize("length", [5, 30, 256, 600])
+def test_snapshot_bytes_equal_nbytes(tiny_model: Model, length: int, mtp: Any) -> None:
+    """Of what the prompt cache keeps: after a prompt, and after tokens decoded behind it."""
+    cache = tiny_model.make_cache()
+    prompt = [3 + index % 20 for index in range(length)]
+    for tokens in (1, 40):
+        options = DecodeOptions(tokens, mtp, False, 128)
+        list(decode(tiny_model, prompt, cache, SamplingParams(), options))
+        context = cache.offset
+        blocks = [
+            Block(b"", start, start + BLOCK_TOKENS, 0)
+            for start in range(0, context - context % BLOCK_TOKENS, BLOCK_TOKENS)
+        ]
+        found = take(cache, as_tokens(cache.tokens), blocks).nbytes
+        assert found == memory.snapshot_bytes(tiny_model.config, context, 4, mtp=mtp != "off")
+
+
+@pytest.mark.parametrize(("prompt", "chunk"), [(40, 40), (200, 200), (500, 200)])
+def test_workspace_covers_the_peak_of_a_prefill(prompt: int, chunk: int) -> None:
+    """And not by much; windows of 8 tokens make blocks of sliding layers, 200 tokens also causal ones."""
+    model = Model(ModelConfig.from_hf(release_config()))
+    prepare(model)
+    cache, options = model.make_cache(), DecodeOptions(1, "off", False, chunk)
+    # Models are cycles; one of an earlier test that is collected midway would count as less taken here.
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    list(decode(model, [3] * prompt, cache, SamplingParams(), options))
+    taken = mx.get_peak_memory() - before - cache.nbytes
+    predicted = memory.workspace_bytes(model.config, min(chunk, prompt), prompt, memory.CPU)
+    assert 0.6 * predicted <= taken <= 1.1 * predicted
+
+
+def test_planned_sizes_are_those_of_the_code() -> None:
+    assert memory.SLACK == layers.DEFAULT_SLACK and memory.SLIDING_ROOM == layers.SLIDING_ROOM
+    assert memory.GROWTH_ROWS == layers.GROWTH_ROWS and memory.SNAPSHOT_BLOCK == BLOCK_TOKENS
+    assert memory.CAUSAL_BLOCK == products.CAUSAL_BLOCK and memory.MIN_BLOCK == attention.MIN_BLOCK
 
 
 def test_bad_questions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from mlx_step35 import costs
 from mlx_step35.config import ModelConfig
 from mlx_step35.errors import CapacityError, RequestError, Step35Error
-from mlx_step35.memory import PREFILL_CHUNKS, Planner, Stored, raise_command
+from mlx_step35.memory import PREFILL_CHUNKS, Planner, Stored, raise_command, snapshot_bytes
 from mlx_step35.plan.report import describe
 from mlx_step35.plan.subject import (
     Machine,
@@ -65,7 +65,7 @@ def answer(question: Question) -> dict[str, Any]:
         "machine": machine.name,
         "model": subject.name,
         "context": context,
-        **_sizes(subject, context),
+        **_sizes(subject, context, machine.backend.value_bytes),
         "resident_bytes": footprint.weights + footprint.mtp,
         "cache_bytes": footprint.cache,
         "draft_bytes": footprint.drafts,
@@ -122,8 +122,8 @@ def _subject(question: Question, config: ModelConfig, recommended: RecipeName | 
     return by_recipe(config, question.recipe or recommended or RECIPES[0], question.mtp_bits)
 
 
-def _sizes(subject: Subject, context: int) -> dict[str, Any]:
-    """Bytes on disk and of the caches, exactly."""
+def _sizes(subject: Subject, context: int, value_bytes: int) -> dict[str, Any]:
+    """Bytes on disk, and of caches whose values have so many bytes, exactly."""
     config = subject.config
     heads = sum(entry.tensor.nbytes for entry in subject.tensors if entry.mtp_layer is not None)
     contexts = [length for length in KV_CONTEXTS if length <= config.context_length]
@@ -131,10 +131,12 @@ def _sizes(subject: Subject, context: int) -> dict[str, Any]:
         "kinds_bytes": _by_kind(subject.tensors),
         "weights_bytes": sum(entry.tensor.nbytes for entry in subject.tensors) - heads,
         "mtp_bytes": heads,
-        "kv_bytes": costs.kv_bytes(config, context),
-        "kv_bytes_by_context": {str(length): costs.kv_bytes(config, length) for length in contexts},
-        "mtp_kv_bytes": costs.mtp_kv_bytes(config, context) if heads else 0,
-        "snapshot_bytes": costs.snapshot_bytes(config, context, mtp=heads > 0),
+        "kv_bytes": costs.kv_bytes(config, context, value_bytes),
+        "kv_bytes_by_context": {
+            str(length): costs.kv_bytes(config, length, value_bytes) for length in contexts
+        },
+        "mtp_kv_bytes": costs.mtp_kv_bytes(config, context, value_bytes) if heads else 0,
+        "snapshot_bytes": snapshot_bytes(config, context, value_bytes, mtp=heads > 0),
     }
 
 
