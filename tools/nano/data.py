@@ -136,9 +136,7 @@ class Values:
         return f"https://{self.word()}.{self.rng.choice(['com', 'org', 'net'])}/{self.noun()}"
 
     def code(self) -> str:
-        return self.rng.choice(CODE).format(
-            a=self.term(), b=self.word(), n=self.integer()
-        )
+        return self.rng.choice(CODE).format(a=self.term(), b=self.word(), n=self.integer())
 
     def strings(self) -> list[str]:
         return [self.term() for _ in range(self.rng.randint(1, 3))]
