@@ -1,24 +1,22 @@
 """How many tokens to draft, and from which source: the choice with the most expected tokens per second.
 
-It learns from the past only: how often drafts of each depth were accepted (decayed counts), and how long
-whole rounds of each kind took. Before a kind was measured, bytes read per round stand in for time, scaled by
-whatever was measured. Trying a kind that looks worse is paid from a budget, a small share of the time spent
-so far; so once settled the controller cannot lose more than that against the best kind it knows. Pure: the
-caller has the clock.
+It learns from the past only: how often drafts of each depth were accepted, and how long whole rounds of each
+kind took (`timing`). Before a kind was measured, bytes read per round stand in for time, scaled by whatever
+was measured. Trying a kind that looks worse is paid from a budget, a small share of the time spent so far; so
+once settled that is all the controller loses against the best kind it knows. Pure: the caller has the clock.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from math import pow
+from math import exp, pow
 from operator import mul
-from statistics import median
 from typing import Literal
 
 from mlx_step35.config import ModelConfig
 from mlx_step35.speed import Reads
+from mlx_step35.timing import RoundTimes
 
 Source = Literal["plain", "mtp", "lookup"]
 MAX_MTP_DEPTH = 3
@@ -30,27 +28,42 @@ LOOKUP_LENGTHS = (3, 7, 15)
 # it depends on how many tokens matched: (at least this many, acceptance).
 PRIOR_MTP = (0.8, 0.7, 0.6)
 PRIOR_LOOKUP = ((3, 0.3), (5, 0.5), (8, 0.75), (16, 0.92))
-PRIOR_WEIGHT = 1.0
-# What an observation weighs after the next one of its kind, and after the next round of any kind: lookup is
-# not tried while it looks bad, so what is known about it must fade.
-DECAY = 0.95
-FADING = 0.995
+PRIOR_WEIGHT = 2.0
+# Observations that the long run is worth beside the newest ones; what an observation weighs in either after
+# the next one of its kind, and after the next round of any kind. Lookup is not tried while it looks bad, so
+# there the long run fades too.
+LASTING_WEIGHT = 12.0
+LASTING_DECAY = 0.995
+RECENT_DECAY = 0.93
+RECENT_FADING = 0.99
+LOOKUP_FADING = 0.998
 
-# Round times kept per kind; their median ignores a stray pause.
-NUM_TIMES = 7
-# The first round of a kind may compile kernels: it is not believed beyond this multiple of what is expected.
-FIRST_ROUND_LIMIT = 1.5
 # Contexts this many tokens apart are told apart.
 CONTEXT_STEP = 64
+# By how much a plan must look faster than plain rounds or the plan in use to replace them.
+LEAD = 1.015
 
 # Share of all decode time that trying apparently worse kinds may cost.
 PROBE_SHARE = 0.01
+# Plain rounds that trying may cost before any were saved up.
+PROBE_CREDIT = 2
+# Plain rounds between two kinds of drafting: they are what all else is compared with, and one may be a pause.
+MIN_PLAIN_ROUNDS = 4
 # Rounds between two probes at first; the distance doubles while probes change nothing.
 PROBE_INTERVAL = 24
-MAX_PROBE_INTERVAL = 1536
+MAX_PROBE_INTERVAL = 192
+# A probe may lose as much as this many rounds without a right draft, and ends after so many in any case.
 PROBE_ROUNDS = 3
+MAX_PROBE_ROUNDS = 12
+# Deviations by which a plan's time may be better than thought when the plan to try is picked.
+OPTIMISM = 2.0
 # Rounds over which the cost of bringing MTP layers up to date is spread when plans are compared.
 CATCH_UP_ROUNDS = 16
+# Plain rounds that catching up on rows was seen to take, and those rows: the assumption before any was seen.
+CATCH_UP_PRIOR = (0.5, 50.0)
+CATCH_UP_DECAY = 0.8
+# A row of one layer never takes more than this part of a plain round, whatever else slowed the round down.
+CATCH_UP_LIMIT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,27 +115,50 @@ class Offer:
 
 
 class _Rate:
-    """A decayed share of successes that starts at a prior, and returns to it if it fades."""
+    """A share of successes: that of the newest trials, leaning on the long run, which starts at a prior.
+
+    Text is predictable in stretches, so the newest trials count most; but they are few, and what they said
+    fades while no more come.
+    """
 
     def __init__(self, prior: float, fading: float = 1.0) -> None:
         self._prior = prior
         self._fading = fading
-        self._trials = 0.0
-        self._successes = 0.0
+        # Decayed trials and successes.
+        self._recent = [0.0, 0.0]
+        self._lasting = [0.0, 0.0]
         self._round = 0
 
     def value(self, now: int) -> float:
         """The share as believed in round `now`."""
-        weight = pow(self._fading, now - self._round)
-        return (self._prior * PRIOR_WEIGHT + self._successes * weight) / (
-            PRIOR_WEIGHT + self._trials * weight
+        age = now - self._round
+        fading, recent_fading = pow(self._fading, age), pow(RECENT_FADING, age)
+        trials, successes = self._lasting
+        lasting = (self._prior * PRIOR_WEIGHT + successes * fading) / (PRIOR_WEIGHT + trials * fading)
+        trials, successes = self._recent
+        return (lasting * LASTING_WEIGHT + successes * recent_fading) / (
+            LASTING_WEIGHT + trials * recent_fading
         )
 
     def observe(self, success: bool, now: int) -> None:
-        weight = DECAY * pow(self._fading, now - self._round)
-        self._trials = self._trials * weight + 1
-        self._successes = self._successes * weight + success
+        age = now - self._round
+        for counts, weight in (
+            (self._lasting, LASTING_DECAY * pow(self._fading, age)),
+            (self._recent, RECENT_DECAY * pow(RECENT_FADING, age)),
+        ):
+            counts[0] = counts[0] * weight + 1
+            counts[1] = counts[1] * weight + success
         self._round = now
+
+
+@dataclass(slots=True)
+class _Probe:
+    """Rounds of a plan that looks worse, until they lost too much or showed enough."""
+
+    plan: Plan
+    limit_s: float
+    lost_s: float = 0.0
+    rounds: int = 0
 
 
 class DepthController:
@@ -131,20 +167,20 @@ class DepthController:
     def __init__(self, round_bytes: RoundCost) -> None:
         self._round_bytes = round_bytes
         self._mtp = [_Rate(prior) for prior in PRIOR_MTP]
-        self._lookup = [_Rate(prior, FADING) for _, prior in PRIOR_LOOKUP]
-        # Seconds per byte read, so that they carry over to other context lengths: the newest rounds of a
-        # plan, and their median once there are two.
-        self._times: dict[Plan, deque[float]] = {}
-        self._typical: dict[Plan, float] = {}
+        self._lookup = [_Rate(prior, LOOKUP_FADING) for _, prior in PRIOR_LOOKUP]
+        # Seconds per byte read, so that they carry over to other context lengths.
+        self._times = RoundTimes[Plan](PLAIN)
+        self._seen: set[Plan] = set()
         self._bytes: dict[tuple[Plan, int], float] = {}
-        self._catch_up_s = 0.0
+        self._catch_up = CATCH_UP_PRIOR
         self._elapsed_s = 0.0
         self._probe_debt_s = 0.0
         self._probe_interval = PROBE_INTERVAL
         self._round = 0
         self._last_rounds: dict[Plan, int] = {}
-        self._probe: tuple[Plan, int] | None = None
+        self._probe: _Probe | None = None
         self._best = PLAIN
+        self._plain_until = 0
 
     def expected_tokens(self, plan: Plan, match_length: int = 0) -> float:
         """Tokens one round yields on average: the one of the verify, and every draft accepted before it."""
@@ -158,32 +194,31 @@ class DepthController:
 
     def round_s(self, plan: Plan, context: int) -> float:
         """Seconds of a round: measured, or by bytes from the plan of the nearest depth that was measured."""
-        nbytes = self._nbytes(plan, context)
-        if plan in self._typical:
-            return self._typical[plan] * nbytes
-        first = self._times[plan][0] if plan in self._times else None
-        if not self._typical:
-            return nbytes if first is None else first * nbytes
-        nearest = min(self._typical, key=lambda p: (abs(p.depth - plan.depth), p.depth))
-        expected = self._typical[nearest]
-        return (expected if first is None else min(first, FIRST_ROUND_LIMIT * expected)) * nbytes
+        return self._unit_s(plan) * self._nbytes(plan, context)
 
     def choose(self, context: int, offer: Offer) -> Plan:
         """The plan for the next round."""
         plans = _mtp_plans(offer.depths) + _lookup_plans(offer.lookup_tokens)
         if len(plans) == 1:
             return plans[0]
-        if PLAIN in plans and PLAIN not in self._typical:
+        if PLAIN in plans and PLAIN not in self._times:
             return PLAIN
-        best = max(plans, key=lambda plan: self._speed(plan, context, offer))
+        speeds = {plan: self._speed(plan, context, offer) for plan in plans}
+        # A lead too small to be sure of is no reason to draft, nor to leave what works.
+        for plan in {PLAIN, self._best} & speeds.keys():
+            speeds[plan] *= LEAD
+        best = max(plans, key=speeds.__getitem__)
         if best.source == "lookup":
             return best
-        if best != self._best:
+        if best != self._best and (self._best != PLAIN or self._round >= self._plain_until):
             self._best = best
+            self._plain_until = self._round + MIN_PLAIN_ROUNDS
             self._probe_interval = PROBE_INTERVAL
+            self._probe = None
         if self._probe is None:
             self._probe = self._next_probe(context, offer)
-        return self._probe[0] if self._probe and self._probe[0] in plans else best
+        preferred = self._probe.plan if self._probe else self._best
+        return preferred if preferred in plans else best
 
     def observe(
         self,
@@ -197,24 +232,52 @@ class DepthController:
         """Learn from a finished round; `caught_up` MTP rows were run beyond those of the round itself."""
         self._round += 1
         self._last_rounds[plan] = self._round
-        self._elapsed_s += seconds
         rates = self._rates(plan, match_length)
         for index in range(min(num_accepted + 1, plan.depth)):
             rates[index].observe(index < num_accepted, self._round)
         if caught_up:
-            self._catch_up_s = max(seconds - self.round_s(plan, context), 0.0) / caught_up
+            self._observe_catch_up(plan, seconds, context, caught_up)
         else:
-            times = self._times.setdefault(plan, deque(maxlen=NUM_TIMES))
-            times.append(seconds / self._nbytes(plan, context))
-            if len(times) == 2 and times[0] > FIRST_ROUND_LIMIT * times[1]:
-                times.popleft()
-            if len(times) > 1:
-                self._typical[plan] = median(times)
-        if self._probe and self._probe[0] == plan:
-            lost_s = seconds - (num_accepted + 1) / self._speed(self._best, context, Offer(()))
-            self._probe_debt_s += max(lost_s, 0.0)
-            left = self._probe[1] - 1
-            self._probe = (plan, left) if left else None
+            self._observe_time(plan, seconds, context)
+        if PLAIN in self._times:
+            round_s = self.round_s(plan, context)
+            self._elapsed_s += round_s
+            if self._probe and self._probe.plan == plan:
+                self._count_probe(self._probe, round_s - (num_accepted + 1) * self._token_s(context))
+
+    def _observe_time(self, plan: Plan, seconds: float, context: int) -> None:
+        is_first = plan not in self._seen
+        self._seen.add(plan)
+        # The first round of a kind may compile kernels, and a coarse clock may stand still.
+        is_odd = is_first and PLAIN in self._times and seconds > self.round_s(plan, context)
+        if is_odd or seconds <= 0:
+            return
+        cost = self._unit_s(plan) / self._unit_s(PLAIN)
+        self._times.observe(plan, seconds / self._nbytes(plan, context), cost)
+
+    def _observe_catch_up(self, plan: Plan, seconds: float, context: int, num_rows: int) -> None:
+        if PLAIN not in self._times:
+            return
+        excess = (seconds - self.round_s(plan, context)) / self.round_s(PLAIN, context)
+        rounds, rows = (CATCH_UP_DECAY * known for known in self._catch_up)
+        self._catch_up = (rounds + min(max(excess, 0.0), CATCH_UP_LIMIT * num_rows), rows + num_rows)
+
+    def _count_probe(self, probe: _Probe, lost_s: float) -> None:
+        """Book a round of a probe by expected times: a pause during it is not its fault."""
+        probe.rounds += 1
+        probe.lost_s += lost_s
+        if probe.lost_s >= probe.limit_s or probe.rounds >= MAX_PROBE_ROUNDS:
+            self._probe_debt_s += max(probe.lost_s, 0.0)
+            self._probe = None
+
+    def _unit_s(self, plan: Plan) -> float:
+        """Seconds per byte of a plan, or of the measured plan of the nearest depth."""
+        if plan in self._times:
+            return self._times[plan]
+        measured = self._times.kinds()
+        if not measured:
+            return 1.0
+        return self._times[min(measured, key=lambda other: (abs(other.depth - plan.depth), other.depth))]
 
     def _nbytes(self, plan: Plan, context: int) -> float:
         """Bytes of a round; a few tokens more or less in the context make no difference."""
@@ -233,25 +296,42 @@ class DepthController:
 
     def _speed(self, plan: Plan, context: int, offer: Offer) -> float:
         """Expected tokens per second; catching up is shared by the rounds that will profit from it."""
-        catch_up_s = self._catch_up_s * offer.catch_up_rows(plan) / CATCH_UP_ROUNDS
+        catch_up_s = self._catch_up_s(plan, context, offer) / CATCH_UP_ROUNDS
         return self.expected_tokens(plan, offer.match_length) / (self.round_s(plan, context) + catch_up_s)
 
-    def _next_probe(self, context: int, offer: Offer) -> tuple[Plan, int] | None:
+    def _token_s(self, context: int) -> float:
+        """Seconds per token of the best plan, caught up."""
+        return 1 / self._speed(self._best, context, Offer(()))
+
+    def _catch_up_s(self, plan: Plan, context: int, offer: Offer) -> float:
+        rounds, rows = self._catch_up
+        return offer.catch_up_rows(plan) * rounds / rows * self.round_s(PLAIN, context)
+
+    def _next_probe(self, context: int, offer: Offer) -> _Probe | None:
         """The most promising plan not tried for long, if the budget covers that every draft is wrong."""
-        if self._best not in self._typical:
-            return None
         due = self._round - self._probe_interval
         stale = [
-            p for p in _mtp_plans(offer.depths) if p != self._best and self._last_rounds.get(p, 0) <= due
+            plan
+            for plan in _mtp_plans(offer.depths)
+            if plan != self._best and self._last_rounds.get(plan, 0) <= due
         ]
-        budget_s = PROBE_SHARE * self._elapsed_s - self._probe_debt_s
-        token_s = 1 / self._speed(self._best, context, offer)
-        for plan in sorted(stale, key=lambda plan: -self._speed(plan, context, offer)):
-            lost_s = PROBE_ROUNDS * (self.round_s(plan, context) - token_s)
-            if lost_s + self._catch_up_s * offer.catch_up_rows(plan) <= budget_s:
-                self._probe_interval = min(2 * self._probe_interval, MAX_PROBE_INTERVAL)
-                return plan, PROBE_ROUNDS
-        return None
+        if not stale:
+            return None
+
+        def hope(plan: Plan) -> float:
+            doubt = self._times.deviation(plan, self._best)
+            return self._speed(plan, context, offer) * exp(OPTIMISM * doubt)
+
+        # Not one that the budget covers sooner: then this one would never be tried.
+        plan = max(stale, key=hope)
+        limit_s = PROBE_ROUNDS * (self.round_s(plan, context) - self._token_s(context))
+        catch_up_s = self._catch_up_s(plan, context, offer)
+        saved_s = PROBE_CREDIT * self.round_s(PLAIN, context) + PROBE_SHARE * self._elapsed_s
+        if limit_s + catch_up_s > saved_s - self._probe_debt_s:
+            return None
+        self._probe_interval = min(2 * self._probe_interval, MAX_PROBE_INTERVAL)
+        self._probe_debt_s += catch_up_s
+        return _Probe(plan, limit_s)
 
 
 @cache
