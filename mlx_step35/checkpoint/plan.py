@@ -53,11 +53,11 @@ def plan_load(path: Path, config: ModelConfig, listing: Listing) -> LoadPlan:
     found = _located(config, listing)
     has_mtp = any(name.startswith("mtp.") for name in found)
     weights = backbone_weights(config)
-    settings = QuantizationSettings.from_block(config.quantization, _module_path)
+    settings = QuantizationSettings.from_block(config.quantization, module_path)
     packings = _packings(weights, settings, found)
     if has_mtp:
         heads = mtp_weights(config)
-        packings |= _packings(heads, _mtp_settings(listing, settings), found)
+        packings |= _packings(heads, mtp_settings(listing.mtp_metadata, settings), found)
         weights += heads
     sources = [source for weight in weights for source in _sources(path, weight, packings, found)]
     left = found.keys() - {source.name for source in sources}
@@ -66,6 +66,31 @@ def plan_load(path: Path, config: ModelConfig, listing: Listing) -> LoadPlan:
         stored_name, entry, _ = found[name]
         raise CheckpointError(f"{entry.path} holds '{stored_name}', which this model does not have")
     return LoadPlan(tuple(sources), packings, None if has_mtp else _why_no_mtp(path, config))
+
+
+def mtp_settings(metadata: Mapping[str, str], backbone: QuantizationSettings) -> QuantizationSettings:
+    """How the MTP layers are packed: a sidecar says it itself, beside the backbone its settings hold.
+
+    Raises CheckpointError for metadata of another format and for a block that is none.
+    """
+    version = metadata.get(SIDECAR_FORMAT_KEY)
+    if version not in (None, SIDECAR_FORMAT):
+        raise CheckpointError(f"the MTP sidecar has format {version}, this version reads {SIDECAR_FORMAT}")
+    text = metadata.get("quantization")
+    if text is None:
+        return backbone
+    try:
+        block: Any = json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"the MTP sidecar's quantisation cannot be read: {error}") from None
+    if not isinstance(block, dict | None):
+        raise CheckpointError(f"the MTP sidecar's quantisation is {block!r}, not an object")
+    return QuantizationSettings.from_block(block or None)
+
+
+def module_path(path: str) -> str:
+    """A block's module path as ours: Step-3.7's converters keep the prefix of the text model."""
+    return text_name(path) or path
 
 
 _Found = dict[str, tuple[str, Entry, bool]]
@@ -150,26 +175,7 @@ def _refuse_foreign(path: Path, config: ModelConfig, listing: Listing) -> None:
         raise CheckpointError(f"{path} is quantised by '{method}', which cannot be read here")
 
 
-def _mtp_settings(listing: Listing, backbone: QuantizationSettings) -> QuantizationSettings:
-    """How the MTP layers are packed: a sidecar says it itself, beside the backbone its settings hold."""
-    version = listing.mtp_metadata.get(SIDECAR_FORMAT_KEY)
-    if version not in (None, SIDECAR_FORMAT):
-        raise CheckpointError(f"the MTP sidecar has format {version}, this version reads {SIDECAR_FORMAT}")
-    text = listing.mtp_metadata.get("quantization")
-    if text is None:
-        return backbone
-    try:
-        block: Any = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"the MTP sidecar's quantisation cannot be read: {error}") from None
-    return QuantizationSettings.from_block(block or None)
-
-
 def _why_no_mtp(path: Path, config: ModelConfig) -> str:
     if not config.mtp_layers:
         return "config.json announces no MTP layers (num_nextn_predict_layers)"
     return f"{path} holds no MTP layers; mlx_step35.convert --mtp only adds them"
-
-
-def _module_path(path: str) -> str:
-    return text_name(path) or path
