@@ -291,6 +291,19 @@ def test_dry_run_needs_no_weights_and_writes_nothing(
         assert word in printed
 
 
+def test_dry_run_of_our_own_format_finds_the_sidecar(
+    release_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(str(release_source), tmp_path / "plain")
+    convert(str(release_source), tmp_path / "packed", True, q_bits=8)
+    capsys.readouterr()
+    for source, choice in (("plain", {"quantize": True}), ("packed", {"dequantize": True})):
+        convert(str(tmp_path / source), tmp_path / "out", dry_run=True, **choice)  # type: ignore[arg-type]
+        dry = capsys.readouterr().out
+        convert(str(tmp_path / source), tmp_path / f"{source}-out", **choice)  # type: ignore[arg-type]
+        assert "mtp head" in dry and capsys.readouterr().out == dry
+
+
 def test_dry_run_of_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = json.loads((Path(__file__).parent / "data" / "step35_config.json").read_text())
     config = ModelConfig.from_hf(raw)

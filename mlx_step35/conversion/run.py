@@ -14,7 +14,7 @@ from mlx_step35.checkpoint.headers import read_index, read_json
 from mlx_step35.checkpoint.names import parameter_name, text_name
 from mlx_step35.config import ModelConfig
 from mlx_step35.conversion.card import CARD, Facts, model_card, source_license
-from mlx_step35.conversion.hub import fetch_shards, fetch_small, tensor_names, upload
+from mlx_step35.conversion.hub import announced, check_upload, fetch_shards, fetch_small, upload
 from mlx_step35.conversion.journal import Journal, locked, open_journal
 from mlx_step35.conversion.options import Options, choose_recipe
 from mlx_step35.conversion.outputs import SHARD_METADATA, sidecar_metadata, write_outputs
@@ -32,11 +32,13 @@ from mlx_step35.quantization import Quantization, QuantizationSettings
 def run(options: Options) -> None:
     """Plan, print the plan, and unless it is a dry run carry it out."""
     options.check()
+    if options.upload_repo is not None:
+        check_upload(options.upload_repo)
     path = fetch_small(options.hf_path, options.revision)
     config = ModelConfig.from_hf(read_json(path / "config.json"))
-    if options.dry_run and (names := tensor_names(options.hf_path, path)):
+    if options.dry_run and (known := announced(options.hf_path, path)):
         # Names are enough for a plan, so it can be made before anything large is downloaded.
-        print(describe(_plan(options, config, names, {}, {}), config))
+        print(describe(_plan(options, config, known.names, known.metadata, known.mtp_metadata), config))
         return
     index = read_index(path)
     wanted = _names(index, config, options.mtp)

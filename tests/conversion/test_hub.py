@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import socket
 from threading import Thread
 
 import mlx.core as mx
 import pytest
+
+from mlx_step35.checkpoint import load_checkpoint
+from mlx_step35.convert import convert as convert_here
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "somebody/step"
@@ -100,9 +104,27 @@ def endpoint(single_file: Path, given: dict[str, int]) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.fixture
+def nowhere() -> str:
+    """An address where nothing listens: a port that was free a moment ago."""
+    with socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
 def convert(endpoint: str, home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "mlx_step35.convert", *arguments]
-    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return run_python(endpoint, home, "-m", "mlx_step35.convert", *arguments)
+
+
+def run_python(endpoint: str, home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_TOKEN": "hf_of_nobody",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    command = [sys.executable, *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
@@ -113,6 +135,22 @@ def test_a_dry_run_reads_the_header_of_a_single_file(
     assert done.returncode == 0, done.stderr
     assert "experts" in done.stdout
     assert 0 < given["model.safetensors"] < (single_file / "model.safetensors").stat().st_size / 2
+
+
+def test_a_dry_run_reads_the_header_of_a_sidecar(
+    endpoint: str, single_file: Path, release_source: Path, tmp_path: Path, given: dict[str, int]
+) -> None:
+    converted = tmp_path / "converted"
+    convert_here(str(release_source), converted)
+    for file in single_file.iterdir():
+        file.unlink()
+    for file in converted.iterdir():
+        (single_file / file.name).write_bytes(file.read_bytes())
+    done = convert(endpoint, tmp_path / "home", "--hf-path", REPO, "-q", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "mtp head" in done.stdout
+    assert 0 < given["mtp.safetensors"] < (single_file / "mtp.safetensors").stat().st_size / 2
+    assert "model.safetensors" not in given
 
 
 def test_a_conversion_from_the_hub_equals_the_local_one(
@@ -126,7 +164,9 @@ def test_a_conversion_from_the_hub_equals_the_local_one(
     for file in (tmp_path / "local").glob("*.safetensors"):
         if file.name.startswith("model"):
             assert (tmp_path / "remote" / file.name).read_bytes() == file.read_bytes()
-    assert COMMIT in (tmp_path / "remote" / "README.md").read_text()
+    card = (tmp_path / "remote" / "README.md").read_text()
+    assert COMMIT in card
+    assert "license: apache-2.0" in card and "The original card" not in card
 
 
 def test_an_unknown_repository_is_one_line(endpoint: str, tmp_path: Path) -> None:
@@ -138,3 +178,39 @@ def test_an_unknown_repository_is_one_line(endpoint: str, tmp_path: Path) -> Non
         .endswith("the hub has no nobody/nothing, or this token may not see it")
     )
     assert "Traceback" not in done.stderr
+
+
+def test_without_a_network_an_upload_is_one_line_and_the_result_stays(
+    nowhere: str, release_source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--hf-path", str(release_source), "--mlx-path", str(out), "--upload-repo", "me/model"]
+    done = convert(nowhere, tmp_path / "home", *arguments)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the hub cannot be reached for me/model")
+    load_checkpoint(out)
+
+
+def test_without_a_network_a_header_is_one_line(nowhere: str, tmp_path: Path) -> None:
+    # The small files are there from an earlier run; the weights' header is asked for again.
+    script = """
+import sys
+from pathlib import Path
+from mlx_step35.conversion.hub import HubError, announced
+try:
+    announced("somebody/step", Path(sys.argv[1]))
+except HubError as error:
+    print(error)
+"""
+    (tmp_path / "small").mkdir()
+    done = run_python(nowhere, tmp_path / "home", "-c", script, str(tmp_path / "small"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the hub cannot be reached for somebody/step")
+    assert done.stdout.count("\n") == 1
+
+
+def test_starting_does_not_import_the_hub(tmp_path: Path) -> None:
+    script = "import sys, mlx_step35.convert, mlx_step35.quality; print('huggingface_hub' in sys.modules)"
+    done = run_python("http://127.0.0.1", tmp_path, "-c", script)
+    assert done.stdout == "False\n", done.stderr

@@ -8,6 +8,7 @@ import pytest
 from mlx_step35.checkpoint import load_checkpoint
 from mlx_step35.conversion.hub import HubError
 from mlx_step35.convert import convert, main
+from mlx_step35.errors import RequestError
 
 
 class FakeHub:
@@ -34,8 +35,8 @@ def test_upload_creates_and_sends_the_directory(
     release_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = FakeHub(None)
-    monkeypatch.setattr("mlx_step35.conversion.hub.HfApi", lambda: hub)
-    monkeypatch.setattr("mlx_step35.conversion.hub.get_token", lambda: "token")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
     convert(str(release_source), tmp_path / "out", True, upload_repo="me/model")
     assert hub.uploaded["repo_id"] == "me/model"
     assert hub.uploaded["folder_path"] == tmp_path / "out"
@@ -47,22 +48,26 @@ def test_upload_creates_and_sends_the_directory(
         convert(str(release_source), tmp_path / "out", True, upload_repo="me/model")
 
 
-def test_no_token_and_no_network_are_one_line(
+def test_an_upload_that_cannot_begin_is_refused_before_anything_is_written(
     release_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_step35.conversion.hub.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(HubError, match="no hub token"):
+        convert(str(release_source), tmp_path / "out", True, upload_repo="me/model")
+    for repo in ("", "model", "me/my model", "a/b/c", "me/model.git"):
+        with pytest.raises(RequestError, match="is no repo id"):
+            convert(str(release_source), tmp_path / "out", True, upload_repo=repo)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_that_is_lost_meanwhile_is_one_line(
+    release_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = iter(["token", None])
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: next(tokens))
     with pytest.raises(HubError, match="no hub token"):
         convert(str(release_source), tmp_path / "out", True, upload_repo="me/model")
     load_checkpoint(tmp_path / "out")
-    monkeypatch.setattr("mlx_step35.conversion.hub.get_token", lambda: "token")
-
-    def offline(*arguments: Any, **options: Any) -> None:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(FakeHub, "repo_exists", offline)
-    monkeypatch.setattr("mlx_step35.conversion.hub.HfApi", lambda: FakeHub(None))
-    with pytest.raises(HubError, match="cannot be reached for me/model: no route to host"):
-        convert(str(release_source), tmp_path / "out", True, upload_repo="me/model")
 
 
 def test_a_hub_source_is_fetched_in_two_steps(
@@ -74,7 +79,7 @@ def test_a_hub_source_is_fetched_in_two_steps(
         asked.append(allow_patterns)
         return str(release_source)
 
-    monkeypatch.setattr("mlx_step35.conversion.hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     convert("stepfun-ai/Step-3.5-Flash", tmp_path / "out", mtp="only")
     first, second = asked
     assert "config.json" in first and not any("safetensors" in item and "index" not in item for item in first)
@@ -85,7 +90,7 @@ def test_a_hub_source_is_fetched_in_two_steps(
 def test_the_card_holds_the_facts(
     release_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_step35.conversion.hub.snapshot_download", lambda *a, **k: str(release_source))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(release_source))
     monkeypatch.chdir(tmp_path)
     main(["--hf-path", "stepfun-ai/Step-3.5-Flash", "--revision", "abc", "--mlx-path", "out", "-q"])
     card = (tmp_path / "out" / "README.md").read_text()
