@@ -11,7 +11,7 @@ from mlx_step35 import bench
 from mlx_step35.bench.compare import compare
 from mlx_step35.bench.plot import plot
 from mlx_step35.bench.sweep import SweepOptions, sweep
-from mlx_step35.bench.synthetic import measure
+from mlx_step35.bench.synthetic import CPU_CHUNK, measure
 from mlx_step35.bench.timing import Spread, time_step
 from mlx_step35.config import ModelConfig
 from mlx_step35.costs import kv_bytes_per_token
@@ -92,7 +92,13 @@ def test_synthetic_layers_add_up_to_the_model() -> None:
     assert found.step_s(2) == pytest.approx(expected)
     assert found.tokens_per_s(0) == pytest.approx(1 / found.step_s(1))
     assert "EXTRAPOLATED" in str(found) and found.as_json()["is_extrapolated"]
-    without = measure(replace(config, mtp_layers=()), Quantization(4, 64), context=20, chunk=24)
+    said: list[str] = []
+    without = measure(replace(config, mtp_layers=()), Quantization(4, 64), 20, on_progress=said.append)
+    assert said == [
+        f"part {index + 1} of 4: {name}"
+        for index, name in enumerate(["full dense", "sliding moe", "full moe", "head"])
+    ]
+    assert without.chunk == CPU_CHUNK
     assert "mtp" not in {part.name for part in without.parts} and without.as_json()["decode_tokens_per_s"]
 
 
@@ -112,6 +118,11 @@ def test_step_times_and_spreads() -> None:
     x = mx.random.normal((200, 200))
     step = time_step(lambda: [x @ x], repeats=3)
     assert 0 < step.host_s < step.total_s
+    runs: list[int] = []
+    time_step(lambda: runs.append(1) or [x], repeats=3, budget_s=0.0)
+    assert len(runs) == 2
+    time_step(lambda: runs.append(1) or [x], repeats=1, is_warm=True)
+    assert len(runs) == 3
     assert str(Spread.of([3.0, 1.0, 2.0])) == "2.00 (1.00 to 3.00)"
 
 

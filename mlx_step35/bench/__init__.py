@@ -22,7 +22,7 @@ import mlx.core as mx
 from mlx_step35.bench.compare import Comparison, compare
 from mlx_step35.bench.plot import plot
 from mlx_step35.bench.sweep import Frontier, SweepOptions, sweep
-from mlx_step35.bench.synthetic import Synthetic, measure
+from mlx_step35.bench.synthetic import CHUNK, CPU_CHUNK, Synthetic, measure
 from mlx_step35.chat.tokenizer import Tokenizer
 from mlx_step35.checkpoint import NANO, load_checkpoint, read_config, resolve_model
 from mlx_step35.decoding import MTPChoice, prepare
@@ -47,7 +47,7 @@ class Job:
     is_synthetic: bool
     bits: int
     synthetic_context: int
-    chunk: int
+    chunk: int | None
     plot: Path | None
 
 
@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt-tokens", type=int, default=1024, help="their prompt (default: %(default)s)")
     add("--synthetic", choices=["full-layer"], help="instead: real shapes, random weights, by layer")
     add("--bits", type=int, default=4, help="of the synthetic weights (default: %(default)s)")
-    add("--chunk", type=int, default=512, help="synthetic prefill chunk (default: %(default)s)")
+    add("--chunk", type=int, help=f"synthetic prefill chunk (default: {CHUNK}, on a CPU {CPU_CHUNK})")
     add("--plot", type=Path, metavar="FILE.png", help="also draw the curves")
     add("--json", action="store_true", help="as JSON")
     return parser

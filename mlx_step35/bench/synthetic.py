@@ -23,6 +23,13 @@ from mlx_step35.speed import ACCEPTANCE
 WIDTHS = (1, 2, 3, 4)
 REPEATS = 3
 
+# A CPU takes about a second a token and layer: one counted run per width, and chunks as short as a verify.
+STEP_BUDGET_S = 2.0
+CHUNK = 512
+CPU_CHUNK = 16
+# Chunks that take longer than this are announced.
+LONG_S = 20.0
+
 
 @dataclass(frozen=True, slots=True)
 class LayerTimes:
@@ -100,25 +107,33 @@ def measure(
     config: ModelConfig,
     choice: Quantization,
     context: int,
-    chunk: int,
-    on_done: Callable[[str], None] = lambda what: None,
+    chunk: int | None = None,
+    on_progress: Callable[[str], None] = lambda what: None,
 ) -> Synthetic:
-    """Build and time every kind of layer, the head, and the first MTP layer with its head."""
+    """Build and time every kind of layer, the head, and the first MTP layer with its head.
+
+    Without a chunk, one that this device runs in seconds.
+    """
+    chunk = chunk or (CPU_CHUNK if _is_cpu() else CHUNK)
     kinds: dict[tuple[str, bool], list[LayerConfig]] = {}
     for layer in config.layers:
         kinds.setdefault((layer.kind, layer.is_moe), []).append(layer)
-    parts = []
+    num_parts = len(kinds) + 1 + bool(config.mtp_layers)
+    parts: list[LayerTimes] = []
+
+    def announce(name: str) -> None:
+        mx.clear_cache()
+        on_progress(f"part {len(parts) + 1} of {num_parts}: {name}")
+
     for (kind, is_moe), layers in kinds.items():
         name = f"{kind} {'moe' if is_moe else 'dense'}"
-        parts.append(_layer_times(name, len(layers), config, layers[0], choice, context, chunk))
-        mx.clear_cache()
-        on_done(name)
+        announce(name)
+        parts.append(_layer_times(name, layers, config, choice, context, chunk, on_progress))
+    announce("head")
     parts.append(_head_times(config, choice))
-    on_done("head")
     if config.mtp_layers:
-        mx.clear_cache()
+        announce("mtp")
         parts.append(_mtp_times(config, choice, context))
-        on_done("mtp")
     return Synthetic(context, chunk, tuple(parts), len(config.mtp_layers))
 
 
@@ -162,13 +177,14 @@ def _random(weight: Weight, packing: Quantization | None, dtype: mx.Dtype) -> li
 
 def _layer_times(
     name: str,
-    count: int,
+    layers: Sequence[LayerConfig],
     config: ModelConfig,
-    layer: LayerConfig,
     choice: Quantization,
     context: int,
     chunk: int,
+    on_progress: Callable[[str], None],
 ) -> LayerTimes:
+    layer = layers[0]
     one = replace(config, layers=(replace(layer, index=0),), mtp_layers=())
     model = random_model(one, choice, ["model.layers."])
     block: Any = model.layers[0]
@@ -186,14 +202,22 @@ def _layer_times(
 
         return run
 
-    steps = {width: time_step(build(width), REPEATS) for width in WIDTHS}
+    steps = _step_times(build)
     if cache.offset > context:
         cache.rollback(cache.offset - context)
     x = mx.random.normal((1, chunk, config.hidden_size)).astype(model.dtype)
     mx.eval(x)
-    # A chunk cannot be rolled back, so it is timed once, on warm kernels for what is widest.
-    prefill = time_step(lambda: [block(x, cache.mask(chunk), cache), *cache.state], repeats=1)
-    return LayerTimes(name, count, steps, prefill.total_s)
+    # A GPU has other kernels for many tokens, to be warmed up; on the CPU time grows with every token.
+    expected_s = steps[max(WIDTHS)].total_s / max(WIDTHS) * chunk
+    if _is_cpu() and expected_s > LONG_S:
+        on_progress(f"  a chunk of {chunk} tokens, about {expected_s:.0f} s")
+    # A chunk cannot be rolled back, so the context grows by it.
+    prefill = time_step(lambda: [block(x, cache.mask(chunk), cache), *cache.state], 1, is_warm=_is_cpu())
+    return LayerTimes(name, len(layers), steps, prefill.total_s)
+
+
+def _step_times(build: Callable[[int], Callable[[], list[mx.array]]]) -> dict[int, StepTime]:
+    return {width: time_step(build(width), REPEATS, budget_s=STEP_BUDGET_S) for width in WIDTHS}
 
 
 def _head_times(config: ModelConfig, choice: Quantization) -> LayerTimes:
@@ -206,7 +230,7 @@ def _head_times(config: ModelConfig, choice: Quantization) -> LayerTimes:
         mx.eval(x)
         return lambda: [model.logits(x)]
 
-    steps = {width: time_step(build(width), REPEATS) for width in WIDTHS}
+    steps = _step_times(build)
     return LayerTimes("head", 1, steps, steps[1].total_s)
 
 
@@ -228,7 +252,7 @@ def _mtp_times(config: ModelConfig, choice: Quantization, context: int) -> Layer
 
         return run
 
-    return LayerTimes("mtp", 1, {width: time_step(build(width), REPEATS) for width in WIDTHS}, 0.0)
+    return LayerTimes("mtp", 1, _step_times(build), 0.0)
 
 
 def _filled(layer: LayerConfig, context: int, dtype: mx.Dtype) -> LayerCache:

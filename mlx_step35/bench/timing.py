@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -48,10 +49,18 @@ class StepTime:
         return self.build_s + self.dispatch_s
 
 
-def time_step(build: Callable[[], Any], repeats: int = 5) -> StepTime:
-    """Time what `build` returns, the median of some repeats by total; the first run is not counted."""
-    times = []
-    for _ in range(repeats + 1):
+def time_step(
+    build: Callable[[], Any], repeats: int = 5, *, is_warm: bool = False, budget_s: float = inf
+) -> StepTime:
+    """Time what `build` returns, the median of some repeats by total; the first run counts only if warm.
+
+    Once the budget is spent, what has been counted is enough.
+    """
+    times: list[StepTime] = []
+    begin_s = time.perf_counter()
+    for index in range(repeats + (not is_warm)):
+        if times and time.perf_counter() - begin_s > budget_s:
+            break
         start_s = time.perf_counter()
         arrays = build()
         built_s = time.perf_counter()
@@ -59,6 +68,6 @@ def time_step(build: Callable[[], Any], repeats: int = 5) -> StepTime:
         sent_s = time.perf_counter()
         mx.eval(arrays)
         done_s = time.perf_counter()
-        times.append(StepTime(built_s - start_s, sent_s - built_s, done_s - sent_s))
-    ordered = sorted(times[1:], key=lambda step: step.total_s)
-    return ordered[len(ordered) // 2]
+        if is_warm or index > 0:
+            times.append(StepTime(built_s - start_s, sent_s - built_s, done_s - sent_s))
+    return sorted(times, key=lambda step: step.total_s)[len(times) // 2]
