@@ -1,21 +1,22 @@
 """Speculative decoding beside mlx-lm's plain loop on the same weights, and where the time of a round goes.
 
     python benchmarks/speculation.py --model nano --out speculation.json
+    python benchmarks/speculation.py --acceptance
 
 Both run in one process on one float32 copy of the weights and take turns prompt by prompt, so that whatever
 else the machine does hits both. Prompts are held-out dialogues, cut before an answer, and held-out source
 files of the standard library, cut at a random line. Ratios are ours over mlx-lm's for the same prompt;
-forward passes count from the second token, because the first comes with the prompt.
+forward passes count from the second token, because the first comes with the prompt. One depth controller
+serves all runs of a case on one kind of prompt, as in a server. `--acceptance` compares the acceptance rules
+instead.
 """
 
 import argparse
-import hashlib
 import json
 import platform
 import random
 import statistics
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,26 +26,22 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+from acceptance import acceptance, record
+from heldout import dialogues, sources
 from mlx_lm.generate import generate_step
 from mlx_lm.models import step3p5
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_step35.chat.template import ChatTemplate
 from mlx_step35.chat.tokenizer import Tokenizer
 from mlx_step35.checkpoint import load_checkpoint, resolve_model
-from mlx_step35.decoding import DecodeOptions, DecodeStats, decode, prepare
+from mlx_step35.decoding import DecodeOptions, DecodeStats, decode, make_controller, prepare
+from mlx_step35.depth import DepthController
 from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftState
 from mlx_step35.sampling import Chooser, Proposal, SamplingParams
 
-# Folders of the standard library that are neither training nor held-out data of step35-nano.
-NOT_TRAINED_ON = frozenset(
-    ("site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "ensurepip", "turtledemo")
-)
 # On a busy machine the CPU time of all threads is steadier than the time that passes.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-
-DIALOGUES = Path(__file__).parent.parent / "tests" / "data" / "heldout_dialogues.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +124,18 @@ def main() -> None:
     path = resolve_model(args.model)
     model = load_checkpoint(path, "float32")
     prepare(model)
-    reference = oracle(model)
     tokenizer = Tokenizer.from_directory(path)
     rng = random.Random(args.seed)
     prompts = {
         "dialogues": list(dialogues(path, tokenizer, args.prompts, rng)),
         "source": list(sources(tokenizer, args.prompts, rng, args.prompt_tokens)),
     }
+    if args.acceptance:
+        for kind, ids in prompts.items():
+            recordings = [record(model, prompt, args.tokens, number) for number, prompt in enumerate(ids)]
+            print(f"{kind:10} {json.dumps(acceptance(recordings))}", flush=True)
+        return
+    reference = oracle(model)
     cases = [case for case in CASES if not args.cases or case.name in args.cases]
     report: dict[str, Any] = {
         "machine": f"{platform.machine()} {platform.system()}, {mx.default_device()}",
@@ -168,10 +170,13 @@ def compare(
 ) -> dict[str, Result]:
     """Every case on every prompt, each between two runs of mlx-lm."""
     results = {case.name: Result() for case in cases}
+    controllers = {case.name: make_controller(model) for case in cases}
     for number, prompt in enumerate(prompts):
         before, expected = theirs(reference, prompt, num_tokens, temperature, clock)
         for case in cases:
-            stats, ours_tps, tokens = ours(model, case, prompt, num_tokens, temperature, number, clock)
+            stats, ours_tps, tokens = ours(
+                model, case, prompt, num_tokens, temperature, number, clock, controllers[case.name]
+            )
             after, _ = theirs(reference, prompt, num_tokens, temperature, clock)
             is_equal = temperature > 0 or tokens == expected
             results[case.name].add(2 * ours_tps / (before + after), stats, is_equal)
@@ -235,7 +240,14 @@ class Profile:
 
 
 def ours(
-    model: Model, case: Case, prompt: list[int], num_tokens: int, temperature: float, number: int, clock: str
+    model: Model,
+    case: Case,
+    prompt: list[int],
+    num_tokens: int,
+    temperature: float,
+    number: int,
+    clock: str,
+    controller: DepthController,
 ) -> tuple[DecodeStats, float, list[int]]:
     """Statistics, tokens per second after the first token, and the tokens."""
     mx.random.seed(number)
@@ -244,7 +256,16 @@ def ours(
     if case.is_wrong:
         drafter = WrongDrafter(DraftState(model.mtp, model.embed), model.config.vocab_size)
     options = DecodeOptions(num_tokens, **case.options)
-    stream = decode(model, prompt, cache, SamplingParams(temperature), options, stats=stats, drafter=drafter)
+    stream = decode(
+        model,
+        prompt,
+        cache,
+        SamplingParams(temperature),
+        options,
+        stats=stats,
+        drafter=drafter,
+        controller=controller,
+    )
     tokens = [next(stream).token]
     start = CLOCKS[clock]()
     tokens += [decoded.token for decoded in stream]
@@ -272,36 +293,6 @@ def oracle(model: Model) -> Any:
     return reference
 
 
-def dialogues(path: Path, tokenizer: Tokenizer, count: int, rng: random.Random) -> Iterator[list[int]]:
-    """Held-out conversations up to one of their answers."""
-    template = ChatTemplate.from_directory(path)
-    rows = [json.loads(line) for line in DIALOGUES.read_text().splitlines()]
-    for row in rng.sample(rows, min(count, len(rows))):
-        answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-        yield tokenizer.encode_rendered(template.render(row["messages"][: rng.choice(answers)], row["tools"]))
-
-
-def sources(tokenizer: Tokenizer, count: int, rng: random.Random, max_tokens: int) -> Iterator[list[int]]:
-    """Files of the standard library that step35-nano was not trained on, up to a random line."""
-    library = Path(sysconfig.get_path("stdlib"))
-    files = [
-        file
-        for file in sorted(library.rglob("*.py"))
-        if not NOT_TRAINED_ON & set(file.relative_to(library).parts)
-        and _is_heldout(file.relative_to(library))
-        and file.stat().st_size > 4000
-    ]
-    for file in rng.sample(files, min(count, len(files))):
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        ids = tokenizer.encode("".join(lines[: rng.randint(len(lines) // 4, len(lines))]))
-        yield ids[-max_tokens:]
-
-
-def _is_heldout(file: Path) -> bool:
-    """The split of tools/nano/data.py."""
-    return hashlib.sha256(str(file).encode()).digest()[0] < 10
-
-
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:
     from mlx.utils import tree_flatten
 
@@ -318,6 +309,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", help=f"only these of: {', '.join(c.name for c in CASES)}")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu on a busy machine")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--acceptance", action="store_true", help="only print how often each rule accepts at temperature 1"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     return parser.parse_args()
 

@@ -32,7 +32,7 @@ PRIOR_WEIGHT = 2.0
 # Observations that the long run is worth beside the newest ones; what an observation weighs in either after
 # the next one of its kind, and after the next round of any kind. Lookup is not tried while it looks bad, so
 # there the long run fades too.
-LASTING_WEIGHT = 12.0
+LASTING_WEIGHT = 16.0
 LASTING_DECAY = 0.995
 RECENT_DECAY = 0.93
 RECENT_FADING = 0.99

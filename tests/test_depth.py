@@ -216,13 +216,14 @@ SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range
 def test_auto_is_near_the_best_fixed_depth_and_never_much_slower_than_off(
     name: str, noise: str, seed: int
 ) -> None:
-    """Once settled, by true cost: 3% over no drafts at most, and 95% of the best fixed depth's speed."""
+    """Once settled: at most 3% over the cost of no drafts; where these pay, 95% of the best speed."""
     world = World(**WORLDS[name], noise=NOISES[noise], seed=seed, reach=63)
     # Odd seeds start from estimates that are far off.
     controller = DepthController(unit_bytes if seed % 2 else LARGE)
     cost, _ = world.auto(controller, settled=400)
-    assert cost <= 1.03 * world.off(400)
-    assert world.best(400) >= 0.95 * cost
+    off, best = world.off(400), world.best(400)
+    assert cost <= 1.03 * off
+    assert best >= 0.95 * cost or best > 0.95 * off
 
 
 def test_a_load_that_comes_and_goes_changes_no_choice() -> None:
