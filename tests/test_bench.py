@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
@@ -62,6 +63,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--contexts", "40000"], "the model holds 32768"),
         (["--num-tokens", "1"], "at least 2"),
         (["--synthetic", "full-layer", "--compare-mlx-lm"], "choose"),
+        (["--synthetic", "full-layer", "--plot", "out.png"], "sweep over contexts only"),
         (["--text", "nowhere.txt"], "cannot read"),
         (["--model", "./nowhere"], "no model directory"),
     ],
@@ -102,16 +104,30 @@ def test_synthetic_layers_add_up_to_the_model() -> None:
     assert "mtp" not in {part.name for part in without.parts} and without.as_json()["decode_tokens_per_s"]
 
 
-def test_plot_needs_matplotlib_or_writes_a_picture(tiny_model: Model, tmp_path: Path) -> None:
-    frontiers = list(sweep(tiny_model, [1, 2], replace(OPTIONS, contexts=(0, 20), depths=("off",))))
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        with pytest.raises(RequestError, match="matplotlib"):
-            plot(frontiers, "tiny", tmp_path / "out.png")
-    else:
+def test_plot_writes_a_picture(tiny_model: Model, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for contexts in ((0, 20), (0,)):
+        frontiers = list(sweep(tiny_model, [1, 2], replace(OPTIONS, contexts=contexts, depths=("off", 2))))
         plot(frontiers, "tiny", tmp_path / "out.png")
         assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(RequestError, match="cannot write"):
+        plot(frontiers, "tiny", tmp_path / "out.nonsense")
+
+
+@pytest.mark.parametrize(
+    ("name", "has_matplotlib", "message"),
+    [("out.png", False, r"pip install 'mlx-step35\[bench\]'"), ("nowhere/out.png", True, "no directory")],
+)
+def test_what_cannot_be_plotted_is_refused_before_measuring(
+    name: str, has_matplotlib: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The package's name `plot` is the function.
+    module = import_module("mlx_step35.bench.plot")
+    monkeypatch.setattr(module, "find_spec", lambda _: has_matplotlib or None)
+    monkeypatch.setattr(bench, "load_checkpoint", None)
+    job = bench._job(bench._parser().parse_args(["--plot", str(tmp_path / name)]))
+    with pytest.raises(RequestError, match=message):
+        bench.run(job)
 
 
 def test_step_times_and_spreads() -> None:

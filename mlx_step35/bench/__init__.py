@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_step35.bench.compare import Comparison, compare
-from mlx_step35.bench.plot import plot
+from mlx_step35.bench.plot import check_plot, plot
 from mlx_step35.bench.sweep import Frontier, SweepOptions, sweep
 from mlx_step35.bench.synthetic import CHUNK, CPU_CHUNK, Synthetic, measure
 from mlx_step35.chat.tokenizer import Tokenizer
@@ -81,6 +81,8 @@ class Report:
 
 def run(job: Job, on_done: Callable[[str], None] = lambda what: None) -> Report:
     """Do what the job says. Raises RequestError or CapacityError before anything long starts."""
+    if job.plot is not None:
+        check_plot(job.plot)
     machine, versions = _machine(), f"mlx-step35 {version('mlx-step35')}, mlx {version('mlx')}"
     if job.is_synthetic:
         config = find_config(job.model)
@@ -190,6 +192,8 @@ def _job(given: argparse.Namespace) -> Job:
         raise RequestError("--num-tokens must be at least 2", field="num_tokens")
     if given.synthetic and given.compare_mlx_lm:
         raise RequestError("choose --synthetic or --compare-mlx-lm", field="synthetic")
+    if given.plot and (given.synthetic or given.compare_mlx_lm):
+        raise RequestError("--plot draws the sweep over contexts only", field="plot")
     return Job(
         model=given.model,
         text=given.text,
