@@ -83,9 +83,10 @@ def _packing(field: str, entry: Mapping[str, Any]) -> Quantization:
     )
     allowed_bits = AFFINE_BITS if mode == "affine" else (default.bits,)
     allowed_groups = AFFINE_GROUPS if mode == "affine" else (default.group_size,)
-    if choice.bits not in allowed_bits:
+    # 4.0 and True are equal to numbers that MLX would not take for them.
+    if type(choice.bits) is not int or choice.bits not in allowed_bits:
         raise ConfigError(f"{field}.bits", f"{mode} has {_listed(allowed_bits)}, found {bits!r}")
-    if choice.group_size not in allowed_groups:
+    if type(choice.group_size) is not int or choice.group_size not in allowed_groups:
         raise ConfigError(
             f"{field}.group_size", f"{mode} has {_listed(allowed_groups)}, found {group_size!r}"
         )

@@ -12,7 +12,7 @@ and greedy decoding is the limit of each:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -26,9 +26,21 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 # Noise rows kept for the verify that follows a draft, which spans at most 16 positions.
 MAX_SHARED_ROWS = 32
 
+# Below this, log-probabilities divided by it leave float32 and nothing but the best token could win anyway.
+LOWEST_TEMPERATURE = 1e-5
+
 # What a random number is for; each purpose has its own stream.
 Purpose = Literal["token", "draft", "accept", "residual"]
 _PURPOSES: tuple[Purpose, ...] = ("token", "draft", "accept", "residual")
+
+
+# The parameters that are numbers; a seed may also be absent.
+_NUMBERS: Mapping[str, Any] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), int | float),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), int | float),
+    **dict.fromkeys(("top_k", "min_tokens_to_keep", "penalty_context_size"), int),
+    "seed": int | None,
+}
 
 
 class Constraint(Protocol):
@@ -62,6 +74,11 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in _NUMBERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                whole = "a number" if kind == int | float else "a whole number"
+                raise RequestError(f"{name} must be {whole}, found {value!r}", field=name)
         checks = (
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "at least 0"),
             ("top_p", self.top_p, 0 <= self.top_p <= 1, "between 0 and 1"),
@@ -77,7 +94,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < LOWEST_TEMPERATURE
 
     def processors(self) -> list[LogitsProcessor]:
         """mlx-lm's logits processors for the bias and the penalties."""

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "mlx_step35"
 # A module may import only from groups before its own; siblings inside one package may import each other.
 GROUPS = [
     {"errors"},
+    {"exits"},
     {"config"},
     {"quantization"},
     {"layout"},

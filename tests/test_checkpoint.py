@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -322,6 +323,15 @@ class TestFaults:
         shard(path).write_bytes(data[:size])
         refused(path, shard(path).name, "truncated")
 
+    def test_a_shard_that_is_no_file(self, path: Path) -> None:
+        shard(path).unlink()
+        shard(path).mkdir()
+        refused(path, f"{shard(path)} is no file")
+        shard(path).rmdir()
+        # Opening a pipe without a writer would wait for ever.
+        os.mkfifo(shard(path))
+        refused(path, f"{shard(path)} is no file")
+
     def test_a_file_that_is_something_else(self, path: Path) -> None:
         shard(path).write_bytes(b"<html>not found</html>" * 100)
         refused(path, shard(path).name)
@@ -481,13 +491,16 @@ class TestReading:
                 data = file.read_bytes()[entry.start : entry.start + entry.nbytes]
                 assert data == bytes(memoryview(arrays[name]))
 
-    def test_generation_config_fills_in_missing_eos_ids(self, path: Path) -> None:
-        (path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
-        assert read_config(path).eos_token_ids == (1, 2, 31)
+    def test_ids_that_end_a_text_come_from_both_configs(self, path: Path) -> None:
+        (path / "generation_config.json").write_text('{"eos_token_id": [5, 2, 6]}')
+        assert read_config(path).eos_token_ids == (1, 2, 31, 5, 6)
         (path / "config.json").write_text(json.dumps(tiny_config(eos_token_id=None)))
-        assert read_config(path).eos_token_ids == (5, 6)
+        assert read_config(path).eos_token_ids == (5, 2, 6)
         (path / "generation_config.json").write_text('{"eos_token_id": 7}')
         assert read_config(path).eos_token_ids == (7,)
+        (path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+        with pytest.raises(ConfigError, match=r"generation_config\.eos_token_id"):
+            read_config(path)
 
     def test_resolving(self, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert resolve_model(path) == resolve_model(str(path)) == path

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import shlex
 import signal
 import struct
 import subprocess
@@ -57,12 +58,7 @@ def test_flags_of_mlx_lm_are_known() -> None:
 
     theirs = {flag for action in setup_arg_parser()._actions for flag in action.option_strings}
     ours = {flag for action in _parser()._actions for flag in action.option_strings}
-    # Without a counterpart here: images, and details of options that are refused anyway.
-    missing = {
-        *("--image", "--quantize-activations", "-qa"),
-        *("--kv-group-size", "--quantized-kv-start", "--num-draft-tokens"),
-    }
-    assert theirs - ours == missing
+    assert theirs - ours == {"--image", "--quantize-activations", "-qa"}
 
 
 def test_the_depth_does_not_change_the_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +134,19 @@ def test_without_a_model_nano_introduces_itself(capsys: pytest.CaptureFixture[st
         (["--model", "nano", "-m", "0"], "max_tokens must be at least 1"),
         (["--model", "nano", "--chat-template-config", "{"], "--chat-template-config is not JSON"),
         (["--model", "nano", "--extra-eos-token", "nonsense-token"], "is not a token of this model"),
-        (["--model", "nano", "-m", "1", "--stats", "/no/such/place/stats.json"], "cannot write"),
+        (["--model", "nano", "--stats", "/no/such/place/stats.json"], "cannot write"),
+        (["--model", "nano", "--stats", "/"], "cannot write"),
+        (["--model", ""], "the model has no name"),
+        (["--model", "nano", "--num-draft-tokens", "3"], "--num-draft-tokens is not served"),
+        (["--model", "nano", "--extra-eos-token", "999999"], "is not a token of this model"),
+        (["--model", "nano", "--xtc-probability", "5"], "xtc_probability must be between 0 and 1"),
+        (["--model", "nano", "--xtc-threshold", "nan"], "xtc_threshold must be between 0 and 0.5"),
+        (
+            ["--model", "nano", "--ignore-chat-template", "--system-prompt", "x"],
+            "--system-prompt needs the chat",
+        ),
+        (["--model", "nano", "--chat-template-config", '{"messages": []}'], "cannot set 'messages'"),
+        (["--model", "nano", "--chat-template-config", '{"tools": 5}'], "cannot set 'tools'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -215,3 +223,35 @@ def test_a_terminal_sees_the_prefill_advance() -> None:
     os.close(master)
     assert process.wait(60) == 0
     assert b"Prompt" in seen and b"tokens" in seen
+
+
+@pytest.mark.parametrize("arguments", ["--model nano -m 40 -p Hello", "--help"])
+def test_a_reader_that_leaves_is_no_error(arguments: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{shlex.join(COMMAND)} {arguments} | head -c 1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert len(done.stdout) == 1
+    assert done.stderr == ""
+
+
+def test_a_full_disk_and_a_closed_stdin_are_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "--model", "nano", "-m", "5"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "No space left on device" in done.stderr
+    closed = subprocess.run(
+        ["sh", "-c", f"{shlex.join(COMMAND)} --model nano -p - <&-"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (closed.returncode, len(closed.stderr.splitlines())) == (2, 1)

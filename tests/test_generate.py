@@ -230,3 +230,47 @@ def test_generate_is_a_function_whatever_was_imported() -> None:
     import mlx_step35.generate as imported
 
     assert callable(mlx_step35.generate) and callable(imported)
+
+
+@pytest.mark.parametrize(
+    "prompt", [[0, 5, 2048], [0, 5, -1], [0, 5.7], mx.array([[0, 5]]), mx.array([0.5, 1.0]), ["a"]]
+)
+def test_prompts_that_are_no_tokens_of_this_model(loaded: Loaded, prompt: Any) -> None:
+    """MLX reads beyond the embedding for an unknown id, so it must never get there."""
+    model, tokenizer = loaded
+    with pytest.raises(RequestError) as error:
+        generate(model, tokenizer, prompt, max_tokens=2)
+    assert error.value.field == "prompt"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 2.5},
+        {"seed": "a"},
+        {"temperature": "1"},
+        {"top_k": 1.5},
+        {"prefill_step_size": True},
+    ],
+)
+def test_options_of_another_type_are_refused_by_name(loaded: Loaded, options: dict[str, Any]) -> None:
+    model, tokenizer = loaded
+    with pytest.raises(RequestError) as error:
+        generate(model, tokenizer, [0, 5], **options)
+    assert [error.value.field] == list(options)
+
+
+def test_an_unknown_dtype_and_defaults_of_mlx_lm() -> None:
+    with pytest.raises(RequestError, match="dtype must be auto"):
+        load("nano", dtype="int8")
+    model, tokenizer = load("nano", model_config={})
+    text = generate(model, tokenizer, [0, 5], max_tokens=2, kv_group_size=64, quantized_kv_start=0)
+    assert text == generate(model, tokenizer, [0, 5], max_tokens=2)
+
+
+def test_a_temperature_next_to_nothing_is_greedy(loaded: Loaded) -> None:
+    model, tokenizer = loaded
+    texts = {
+        generate(model, tokenizer, "Hello", max_tokens=8, temperature=t, seed=1) for t in (0, 1e-45, 1e-7)
+    }
+    assert len(texts) == 1

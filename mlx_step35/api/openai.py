@@ -9,6 +9,7 @@ from mlx_step35.api.history import on_its_own_line, readable_arguments, split_th
 from mlx_step35.api.tools import Tool, check_choice, read_schema, read_tool, strict_names, without_duplicates
 from mlx_step35.api.types import ChatRequest, CompletionRequest, Message, Sampling, Thinking, ToolChoice
 from mlx_step35.chat.messages import normalize_messages
+from mlx_step35.chat.template import check_options
 from mlx_step35.errors import RequestError
 
 MAX_STOP = 4
@@ -28,6 +29,8 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     tools = _tools(fields)
     choice = check_choice(_tool_choice(fields), tools, "tool_choice")
     variables = fields.optional_object("chat_template_kwargs")
+    if variables:
+        check_options(variables.values, "chat_template_kwargs")
     effort = fields.text("reasoning_effort")
     stream_options = fields.optional_object("stream_options")
     return ChatRequest(

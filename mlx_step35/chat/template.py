@@ -27,6 +27,18 @@ from mlx_step35.errors import CheckpointError, RequestError
 
 CLOSED_THINKING = "\n</think>\n"
 
+# What a template can do wrong with a conversation, besides raising by itself.
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+
+# What a caller's own variables for the template may not be called.
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
+
+
+def check_options(options: Mapping[str, Any], name: str) -> None:
+    """Raises RequestError when variables for the template, given as `name`, take the place of its own."""
+    for taken in sorted(RESERVED & options.keys()):
+        raise RequestError(f"{name} cannot set '{taken}'", field=name)
+
 
 class ChatTemplate:
     """A checkpoint's chat template.
@@ -90,7 +102,7 @@ class ChatTemplate:
             context["enable_thinking"] = False
         try:
             text = self._template.render(context)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise RequestError(f"the chat template refuses this conversation: {error}", "messages") from error
         segments = supplied.split(text)
         if (

@@ -132,7 +132,7 @@ class _TokenizersBackend:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self._add_tokens(added)
-        self._is_byte_level = self._definition.get("decoder", {}).get("type") == "ByteLevel"
+        self._is_byte_level = (self._definition.get("decoder") or {}).get("type") == "ByteLevel"
         self.size: int = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_step35.checkpoint.headers import read_json, read_listing
 from mlx_step35.checkpoint.plan import LoadPlan, Source, plan_load
 from mlx_step35.config import ModelConfig
+from mlx_step35.config.fields import Fields
 from mlx_step35.errors import RequestError
 from mlx_step35.model import Model
 from mlx_step35.moe import QuantizedSwitchLinear, SwitchLinear
@@ -39,6 +40,8 @@ def load_checkpoint(path: Path, dtype: DTypeName = "auto") -> Model:
     and ConfigError for a config of another model. Without MTP layers it loads, logs why, and keeps the
     reason.
     """
+    if dtype not in get_args(DTypeName):
+        raise RequestError(f"dtype must be {', '.join(get_args(DTypeName))}, found {dtype!r}", field="dtype")
     config = read_config(path)
     plan = plan_load(path, config, read_listing(path))
     model = Model(config)
@@ -55,13 +58,14 @@ def load_checkpoint(path: Path, dtype: DTypeName = "auto") -> Model:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The config of a checkpoint directory; generation_config.json fills in the ids that end a text."""
+    """The config of a checkpoint directory; the ids that end a text are also those of its
+    generation_config.json."""
     config = ModelConfig.from_hf(read_json(path / "config.json"))
     generation = path / "generation_config.json"
-    if config.eos_token_ids or not generation.exists():
+    if not generation.exists():
         return config
-    ids = read_json(generation).get("eos_token_id")
-    return replace(config, eos_token_ids=tuple(ids if isinstance(ids, list) else [ids] if ids else []))
+    more = Fields(read_json(generation), "generation_config.").token_ids("eos_token_id")
+    return replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *more])))
 
 
 def resolve_model(path_or_repo: str | Path) -> Path:
@@ -69,10 +73,12 @@ def resolve_model(path_or_repo: str | Path) -> Path:
 
     Raises RequestError when it is none of these or cannot be downloaded.
     """
+    name = str(path_or_repo)
+    if not name:
+        raise RequestError("the model has no name", field="model")
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         return path
-    name = str(path_or_repo)
     if name == NANO:
         return Path(str(files("mlx_step35"))) / NANO
     if path.exists() or name.count("/") != 1 or name.startswith((".", "~", "/")):

@@ -56,6 +56,8 @@ class Listing:
 
 def read_header(path: Path) -> Header:
     """Parse and check one header. Raises CheckpointError for a missing, truncated or foreign file."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no file")
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -66,6 +68,8 @@ def read_header(path: Path) -> Header:
             text = file.read(length)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     try:
         parsed = json.loads(text)
         # MLX writes null when there is none; any other value than an object is as damaged as the rest.

@@ -308,9 +308,12 @@ def _scaling(entry: Fields) -> Llama3Scaling | None:
         return None
     if rope_type != "llama3":
         raise ConfigError(f"{entry.prefix}rope_type", f"expected 'llama3' or 'default', found {rope_type!r}")
+    low, high = entry.number("low_freq_factor"), entry.number("high_freq_factor")
+    if high <= low:
+        raise ConfigError(f"{entry.prefix}high_freq_factor", f"expected more than {low}, found {high}")
     return Llama3Scaling(
         factor=entry.number("factor"),
         original_context_length=entry.integer("original_max_position_embeddings"),
-        low_freq_factor=entry.number("low_freq_factor"),
-        high_freq_factor=entry.number("high_freq_factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
     )

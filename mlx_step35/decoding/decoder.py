@@ -85,6 +85,10 @@ class Decoder:
             raise RequestError("the prompt is empty", field="prompt")
         if num_tokens >= limit:
             raise PromptTooLongError(num_tokens, limit - 1)
+        # MLX reads beyond the embedding for an id that it does not have.
+        vocab_size = self._model.config.vocab_size
+        if unknown := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise RequestError(f"the model has {vocab_size} tokens, none is {unknown[0]}", field="prompt")
         self._step_size = fit_prefill(self._model, cache.offset, num_tokens, self._options.prefill_step_size)
         max_tokens = self._options.max_tokens
         self._num_left = min(max_tokens, limit - num_tokens) if max_tokens > 0 else limit - num_tokens

@@ -30,6 +30,11 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         if self.mtp not in ("auto", "off", *range(1, MAX_MTP_DEPTH + 1)) or isinstance(self.mtp, bool):
             raise RequestError(f"mtp must be auto, off, 1, 2 or 3, found {self.mtp!r}", field="mtp")
+        for name in ("max_tokens", "prefill_step_size"):
+            if type(getattr(self, name)) is not int:
+                raise RequestError(
+                    f"{name} must be a whole number, found {getattr(self, name)!r}", field=name
+                )
         if self.max_tokens == 0 or self.max_tokens < -1:
             message = f"max_tokens must be at least 1, or -1 for no limit, found {self.max_tokens}"
             raise RequestError(message, field="max_tokens")

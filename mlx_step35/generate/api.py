@@ -4,6 +4,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,14 @@ NOT_SERVED: Mapping[str, str] = {
     "model_config": "the checkpoint's config.json is used as it is",
     "revision": "download that revision and pass its directory",
     "xtc_probability": "pass sampler=mlx_lm.sample_utils.make_sampler(..., xtc_probability=...)",
+}
+
+
+_DEFAULTS: Mapping[str, Any] = {
+    "num_draft_tokens": 2,
+    "kv_group_size": 64,
+    "quantized_kv_start": 0,
+    "xtc_probability": 0.0,
 }
 
 
@@ -235,13 +244,19 @@ def _token_ids(tokenizer: Any, prompt: str | Sequence[int] | mx.array) -> list[i
     if isinstance(prompt, str):
         begins = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
         return list(tokenizer.encode(prompt, add_special_tokens=not begins))
-    return [int(token) for token in prompt]
+    if isinstance(prompt, mx.array) and prompt.ndim != 1:
+        raise RequestError(f"the prompt has shape {list(prompt.shape)}, expected one row", field="prompt")
+    tokens: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
+    try:
+        return [index(token) for token in tokens]
+    except TypeError:
+        raise RequestError("the prompt must be text or a list of integers", field="prompt") from None
 
 
 def _refuse(options: Mapping[str, Any]) -> None:
-    """None means an option was left alone, as mlx-lm's own defaults do."""
+    """mlx-lm's own defaults mean that an option was left alone."""
     for name, value in options.items():
         if name not in NOT_SERVED:
             raise TypeError(f"unexpected keyword argument '{name}'")
-        if value is not None:
+        if value not in (None, {}, _DEFAULTS.get(name)):
             raise RequestError(f"{name} is not served: {NOT_SERVED[name]}", field=name)

@@ -12,11 +12,12 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from mlx_step35.chat.template import ChatTemplate
+from mlx_step35.chat.template import ChatTemplate, check_options
 from mlx_step35.chat.tokenizer import Tokenizer
 from mlx_step35.checkpoint import NANO, DTypeName, load_checkpoint, read_config, resolve_model
 from mlx_step35.decoding import DecodeOptions, MTPChoice, prepare
-from mlx_step35.errors import CapacityError, PromptTooLongError, RequestError, Step35Error
+from mlx_step35.errors import PromptTooLongError, RequestError
+from mlx_step35.exits import EXIT_INTERRUPTED, run_command
 from mlx_step35.generate.api import NOT_SERVED, GenerationResponse, stream_tokens
 from mlx_step35.generate.report import print_summary, stats_json
 from mlx_step35.generate.resume import PromptCacheFile
@@ -28,9 +29,16 @@ from mlx_step35.sampling import CustomSampling, SamplingParams
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_TOP_P = 0.95
 
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+# mlx-lm's flags that are answered with the reason why they are not served.
+_REFUSED = (
+    "adapter_path",
+    "draft_model",
+    "kv_bits",
+    "kv_group_size",
+    "max_kv_size",
+    "num_draft_tokens",
+    "quantized_kv_start",
+)
 
 NANO_NOTE = (
     "no --model given: running step35-nano, the small demonstration model in this package; "
@@ -61,22 +69,14 @@ class Job:
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    parser = _parser()
-    try:
-        job = _job(parser.parse_args(arguments))
-        return _generate(job)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Step35Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, RequestError | CapacityError) else EXIT_FAILURE
+    args = _parser().parse_args(arguments)
+    return run_command(lambda: _generate(_job(args)))
 
 
 def _generate(job: Job) -> int:
     if job.model is None:
         print(NANO_NOTE, file=sys.stderr)
-    path = resolve_model(job.model or NANO)
+    path = resolve_model(NANO if job.model is None else job.model)
     tokenizer = Tokenizer.from_directory(path)
     ids = _prompt_ids(job, path, tokenizer)
     # Known before the weights are read, which takes minutes with the real model.
@@ -154,7 +154,7 @@ def _bounded(max_tokens: int, room: int) -> int:
 
 def _token_id(tokenizer: Tokenizer, token: str) -> int:
     found = int(token) if token.isdecimal() else tokenizer.token_id(token)
-    if found is None:
+    if found is None or found >= tokenizer.vocab_size:
         raise RequestError(f"'{token}' is not a token of this model", field="extra_eos_token")
     return found
 
@@ -189,16 +189,25 @@ class _PrefillBar:
 
 def _job(args: argparse.Namespace) -> Job:
     """What the flags ask for. Raises RequestError for those that are not served or contradict each other."""
-    for name in ("draft_model", "max_kv_size", "kv_bits", "adapter_path"):
+    for name in _REFUSED:
         if getattr(args, name) is not None:
             raise RequestError(f"--{name.replace('_', '-')} is not served: {NOT_SERVED[name]}", field=name)
+    if args.ignore_chat_template:
+        for name in ("system_prompt", "prefill_response", "chat_template_config"):
+            if getattr(args, name) is not None:
+                flag = name.replace("_", "-")
+                raise RequestError(
+                    f"--{flag} needs the chat template, which --ignore-chat-template omits", name
+                )
     if args.prompt_cache_file is not None:
         check_archive_path(args.prompt_cache_file)
+    if args.stats is not None and (args.stats.is_dir() or not args.stats.parent.is_dir()):
+        raise RequestError(f"cannot write {args.stats}: no such file is possible", field="stats")
     prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     return Job(
         model=args.model,
         dtype=args.dtype,
-        prompt=sys.stdin.read() if prompt == "-" else prompt,
+        prompt=_stdin() if prompt == "-" else prompt,
         system_prompt=args.system_prompt,
         prefill_response=args.prefill_response,
         template_options=_template_options(args.chat_template_config),
@@ -213,6 +222,15 @@ def _job(args: argparse.Namespace) -> Job:
     )
 
 
+def _stdin() -> str:
+    if sys.stdin is None:
+        raise RequestError("--prompt - reads stdin, which is closed", field="prompt")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin is not text: {error}", field="prompt") from None
+
+
 def _sampling(args: argparse.Namespace) -> SamplingParams | CustomSampling:
     params = SamplingParams(
         temperature=args.temp,
@@ -222,6 +240,10 @@ def _sampling(args: argparse.Namespace) -> SamplingParams | CustomSampling:
         min_tokens_to_keep=args.min_tokens_to_keep,
         seed=args.seed,
     )
+    for name, highest in (("xtc_probability", 1), ("xtc_threshold", 0.5)):
+        value = getattr(args, name)
+        if not 0 <= value <= highest:
+            raise RequestError(f"{name} must be between 0 and {highest}, found {value}", field=name)
     if args.xtc_probability == 0:
         return params
     # A random filter cannot be applied to draft and target alike, so it runs as mlx-lm's sampler.
@@ -253,6 +275,7 @@ def _template_options(text: str | None) -> dict[str, Any]:
         ) from None
     if not isinstance(options, dict):
         raise RequestError("--chat-template-config must be a JSON object", field="chat_template_config")
+    check_options(options, "--chat-template-config")
     return options
 
 
@@ -302,8 +325,8 @@ def _parser() -> argparse.ArgumentParser:
         help="continue from this file as far as the prompt is the same; written at the end",
     )
     add("--stats", type=Path, metavar="FILE", help="write what was measured to a JSON file")
-    for flag in ("--max-kv-size", "--kv-bits", "--draft-model", "--adapter-path"):
-        add(flag, help=argparse.SUPPRESS)
+    for name in _REFUSED:
+        add(f"--{name.replace('_', '-')}", help=argparse.SUPPRESS)
     # Accepted because they cannot matter here: no code is loaded, and there is one chat template.
     for flag in ("--trust-remote-code", "--use-default-chat-template"):
         add(flag, action="store_true", help=argparse.SUPPRESS)
@@ -327,4 +350,7 @@ def _positive(text: str) -> int:
 
 
 def _boolean(text: str) -> bool:
-    return text.lower() not in ("false", "f")
+    known = {"true": True, "t": True, "false": False, "f": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"expected True or False, found '{text}'")
+    return known[text.lower()]
