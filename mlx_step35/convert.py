@@ -4,17 +4,16 @@
 """
 
 import argparse
-import errno
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
 from mlx_step35.conversion.options import DType, Options, parse_size
 from mlx_step35.conversion.plan import MTPChoice
 from mlx_step35.conversion.run import run
-from mlx_step35.errors import CapacityError, RequestError, Step35Error
+from mlx_step35.exits import run_command
 from mlx_step35.quantization import Mode
 from mlx_step35.recipes import RECIPES, RecipeName
 
@@ -68,18 +67,10 @@ def convert(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: one line and exit code 2 for a caller's mistake, 1 for a failure, 130 for Ctrl-C."""
-    try:
-        run(_parse(sys.argv[1:] if arguments is None else arguments))
-    except (RequestError, CapacityError) as error:
-        _fail(str(error), 2)
-    except Step35Error as error:
-        _fail(str(error), 1)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        _fail(f"{error.strerror or error}{'; make room and run the same command again' if full else ''}", 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command continues", 130)
+    """Command line; ends the process unless all is well."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if code := run_command(lambda: run(_parse(given)), "interrupted; the same command continues"):
+        sys.exit(code)
 
 
 def _parse(arguments: Sequence[str]) -> Options:
@@ -137,11 +128,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the plan and stop")
     add("--upload-repo", metavar="REPO", help="publish the result under this hub repo id")
     return parser
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from functools import partial
 from importlib.resources import files
 from math import exp
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +26,8 @@ from mlx_step35.checkpoint import resolve_model
 from mlx_step35.conversion.card import CARD, put_quality
 from mlx_step35.conversion.teacher import LayerStream
 from mlx_step35.conversion.tensorfile import write_atomically
-from mlx_step35.errors import RequestError, Step35Error
+from mlx_step35.errors import CheckpointError, RequestError
+from mlx_step35.exits import run_command
 
 # Rows whose logits are in memory together: 64 of 128,896 entries are 33 MB in float32.
 ROWS = 64
@@ -184,25 +185,25 @@ def update_card(directory: Path, figures: Mapping[str, Any]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: prints a table or JSON; one line and exit code 2 or 1 for mistakes and failures."""
+    """Command line: prints a table or JSON; ends the process unless all is well."""
     given = _parser().parse_args(arguments)
-    try:
-        text = read_text(given.text)
-        model = resolve_model(given.model)
-        source = resolve_model(given.source)
-        tokenizer = Tokenizer.from_directory(model)
-        chunks = chunks_of(tokenizer.encode_text(text), tokenizer.bos_token_id, given.chunk)
-        if not chunks:
-            raise RequestError("the text has no two tokens", field="text")
-        name = given.text.name if given.text else "the bundled text"
-        figures = asdict(measure(source, model, chunks, name))
-    except RequestError as error:
-        _fail(str(error), 2)
-    except (Step35Error, OSError) as error:
-        _fail(str(error), 1)
+    if code := run_command(lambda: _report(given)):
+        sys.exit(code)
+
+
+def _report(given: argparse.Namespace) -> None:
+    text = read_text(given.text)
+    model = resolve_model(given.model)
+    source = resolve_model(given.source)
+    tokenizer = Tokenizer.from_directory(model)
+    chunks = chunks_of(tokenizer.encode_text(text), tokenizer.bos_token_id, given.chunk)
+    if not chunks:
+        raise RequestError("the text has no two tokens", field="text")
+    name = given.text.name if given.text else "the bundled text"
+    figures = asdict(measure(source, model, chunks, name))
     print(json.dumps(figures) if given.json else _table(figures))
     if given.card and not update_card(model, figures):
-        _fail(f"{model / CARD} has no quality section", 1)
+        raise CheckpointError(f"{model / CARD} has no quality section")
 
 
 def _table(figures: Mapping[str, Any]) -> str:
@@ -233,11 +234,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print one JSON object")
     add("--card", action="store_true", help="also put the figures into the model's README.md")
     return parser
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":
