@@ -109,6 +109,17 @@ def mtp_read_bytes(config: ModelConfig, recipe: Recipe, depth: int) -> int:
     return total(sizes_by_kind(weights, recipe)).nbytes
 
 
+def readable_bytes(size: int) -> str:
+    """A size in the decimal unit that leaves one to three digits before the point: "110.81 GB", "22.5 MB"."""
+    if size < 1000:
+        return f"{size} B"
+    for unit, scale in (("kB", 1e3), ("MB", 1e6)):
+        # 999.96 MB would be printed as 1000.0 MB.
+        if round(size / scale, 1) < 1000:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1e9:.2f} GB"
+
+
 def memory_limit(memory_gib: int) -> int:
     """Bytes the GPU of a Mac with that much memory may use by default; a "128 GB" Mac has 128 GiB."""
     return int(memory_gib * GIB * DEFAULT_LIMIT_SHARE)

@@ -2,6 +2,7 @@
 
 A Mac that is asked for more than its wired limit may take the whole system down, so weights are compared with
 the limit, with free memory and with what is in use before they are read, and every prompt before its prefill.
+An answer that may outgrow what is left is not refused, because few get as long as they may: it ends early.
 """
 
 import os
@@ -15,6 +16,7 @@ import mlx.core as mx
 from mlx_step35.checkpoint import read_config
 from mlx_step35.checkpoint.inventory import inventory
 from mlx_step35.config import ModelConfig
+from mlx_step35.costs import readable_bytes
 from mlx_step35.errors import CapacityError, RequestError
 from mlx_step35.memory import CPU, GPU, PREFILL_CHUNKS, Backend, Planner, raise_command, raised_limit
 
@@ -93,8 +95,8 @@ def check_load(path: Path, max_context: int | None = None, room: Headroom | None
     if needed <= room.available:
         return
     message = (
-        f"{path} takes {_gb(planner.loaded_bytes)} and {_gb(needed)} with a context of {context} tokens, "
-        f"but {_gb(room.available)} are available ({_described(room)})"
+        f"{path} takes {readable_bytes(planner.loaded_bytes)} and {readable_bytes(needed)} with a context of "
+        f"{context} tokens, but {readable_bytes(room.available)} are available ({_described(room)})"
     )
     raised = raised_limit(total_memory())
     if sys.platform == "darwin" and room.limit < needed <= raised:
@@ -117,15 +119,33 @@ def prefill_chunk(planner: Planner, now: int, then: int, step_size: int, room: H
     if peak > room.limit:
         most = planner.max_context(room.limit, smallest)
         raise RequestError(
-            f"a context of {then} tokens takes {_gb(peak)} with the weights, the limit is "
-            f"{_gb(room.limit)}: at most {most} tokens fit",
+            f"a context of {then} tokens takes {readable_bytes(peak)} with the weights, the limit is "
+            f"{readable_bytes(room.limit)}: at most {most} tokens fit",
             field="prompt",
             code="context_length_exceeded",
         )
+    more = planner.growth_bytes(now, then, smallest)
     raise CapacityError(
-        f"a context of {then} tokens needs {_gb(planner.growth_bytes(now, then, smallest))} more, but "
-        f"{_gb(room.available)} are available ({_described(room)})"
+        f"a context of {then} tokens needs {readable_bytes(more)} more, but "
+        f"{readable_bytes(room.available)} are available ({_described(room)})"
     )
+
+
+def answer_length(planner: Planner, now: int, then: int, wanted: int, room: Headroom | None = None) -> int:
+    """How many of `wanted` tokens can follow once a cache has gone from `now` to `then` tokens; at least one.
+
+    An answer grows the full-attention layers as a prompt does, a token at a time.
+    """
+    available = (room or headroom()).available
+    low, high = 1, max(wanted, 1)
+    while low < high:
+        # The whole answer fits nearly always, so it is tried first.
+        middle = high if low == 1 and high == wanted else (low + high + 1) // 2
+        if planner.growth_bytes(now, then + middle, 1) <= available:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def planner_of(config: ModelConfig, arrays: list[tuple[str, mx.array]]) -> Planner:
@@ -135,8 +155,5 @@ def planner_of(config: ModelConfig, arrays: list[tuple[str, mx.array]]) -> Plann
 
 
 def _described(room: Headroom) -> str:
-    return f"limit {_gb(room.limit)}, in use {_gb(room.in_use)}, free in the system {_gb(room.free)}"
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    limit, in_use, free = map(readable_bytes, (room.limit, room.in_use, room.free))
+    return f"limit {limit}, in use {in_use}, free in the system {free}"

@@ -100,6 +100,17 @@ def test_kinds_add_up(config: ModelConfig) -> None:
     assert sizes["bias"].bits_per_weight == 32
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB"),
+        (22_540_000, "22.5 MB"), (999_960_000, "1.00 GB"), (110_812_345_678, "110.81 GB"),
+    ],
+)  # fmt: skip
+def test_sizes_are_readable(size: int, expected: str) -> None:
+    assert costs.readable_bytes(size) == expected
+
+
 def test_memory_limits() -> None:
     assert costs.memory_limit(128) == 96 * GIB
     assert costs.memory_limit(96) == 72 * GIB

@@ -10,10 +10,11 @@ from mlx.utils import tree_flatten
 from mlx_step35 import guard, server
 from mlx_step35.checkpoint import read_config, resolve_model
 from mlx_step35.checkpoint.inventory import inventory
+from mlx_step35.costs import readable_bytes
 from mlx_step35.decoding import DecodeOptions, decode
 from mlx_step35.errors import CapacityError, RequestError
 from mlx_step35.generate import cli, load
-from mlx_step35.guard import Headroom, check_load, planner_of, prefill_chunk
+from mlx_step35.guard import Headroom, answer_length, check_load, planner_of, prefill_chunk
 from mlx_step35.memory import CPU, PREFILL_CHUNKS, Planner
 from mlx_step35.model import Model
 from mlx_step35.sampling import SamplingParams
@@ -42,7 +43,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(nano: Planner) ->
         check_load(path, 4096, SMALL)
     needed = nano.footprint(4096, PREFILL_CHUNKS[-1]).peak
     for number in (nano.loaded_bytes, needed, SMALL.limit, SMALL.available):
-        assert f"{number / 1e9:.1f} GB" in str(refused.value)
+        assert readable_bytes(number) in str(refused.value)
     assert mx.get_active_memory() == before
     check_load(path, 4096, Headroom(needed, 0, needed))
     with pytest.raises(CapacityError):
@@ -62,7 +63,7 @@ def test_the_command_line_refuses(
     monkeypatch.setattr(cli, "load_checkpoint", _never)
     assert cli.run(["--model", "nano", "--prompt", "hi"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "0.0 GB are available" in error and error.count("\n") == 1
+    assert error.startswith("error: ") and "19.0 MB are available" in error and error.count("\n") == 1
 
 
 def test_the_command_line_keeps_to_max_context(
@@ -113,6 +114,29 @@ def test_a_decode_asks_before_it_touches_its_cache(
     with pytest.raises(RequestError, match="at most"):
         next(decode(tiny_model, [1] * 3000, cache, SamplingParams(), DecodeOptions(4)))
     assert cache.nbytes == 0 and cache.tokens == [] and cache.pending == []
+
+
+def test_an_answer_is_as_long_as_memory_allows(nano: Planner) -> None:
+    enough = nano.growth_bytes(0, 1000 + 5000, 1)
+    assert answer_length(nano, 0, 1000, 5000, Headroom(10**12, 0, enough)) == 5000
+    fitting = answer_length(nano, 0, 1000, 5000, Headroom(10**12, 0, enough - 1))
+    assert 4000 < fitting < 5000
+    assert nano.growth_bytes(0, 1000 + fitting, 1) < enough <= nano.growth_bytes(0, 1001 + fitting, 1)
+    assert answer_length(nano, 0, 1000, 5000, Headroom(10**12, 0, 0)) == 1
+
+
+def test_a_decode_ends_before_memory_does(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    arrays: Any = tree_flatten(tiny_model.parameters())
+    planner = planner_of(tiny_model.config, arrays)
+    enough = planner.growth_bytes(0, 300, 64)
+    monkeypatch.setattr(guard, "headroom", lambda: Headroom(10**12, 0, enough))
+    cache = tiny_model.make_cache()
+    found = list(decode(tiny_model, [1] * 200, cache, SamplingParams(), DecodeOptions(1500)))
+    assert len(found) == answer_length(planner, 0, 200, 1500) < 1500
+    assert cache.nbytes <= enough
+    assert f"after {len(found)} of at most 1500 tokens" in caplog.text
 
 
 def test_vm_stat_is_understood() -> None:

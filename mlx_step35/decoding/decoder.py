@@ -10,7 +10,13 @@ import numpy as np
 
 from mlx_step35.cache import LayerSnapshot, ModelCache
 from mlx_step35.decoding.records import Decoded, DecodeOptions, DecodeStats, Drafter, PrefillCallback
-from mlx_step35.decoding.setup import fit_prefill, make_controller, make_drafter, noise_seed
+from mlx_step35.decoding.setup import (
+    fit_answer,
+    fit_prefill,
+    make_controller,
+    make_drafter,
+    noise_seed,
+)
 from mlx_step35.depth import PLAIN, DepthController, Offer, Plan
 from mlx_step35.errors import PromptTooLongError, RequestError
 from mlx_step35.lookup import LookupIndex
@@ -89,9 +95,10 @@ class Decoder:
         vocab_size = self._model.config.vocab_size
         if unknown := [token for token in prompt if not 0 <= token < vocab_size]:
             raise RequestError(f"the model has {vocab_size} tokens, none is {unknown[0]}", field="prompt")
-        self._step_size = fit_prefill(self._model, cache.offset, num_tokens, self._options.prefill_step_size)
         max_tokens = self._options.max_tokens
-        self._num_left = min(max_tokens, limit - num_tokens) if max_tokens > 0 else limit - num_tokens
+        num_wanted = min(max_tokens, limit - num_tokens) if max_tokens > 0 else limit - num_tokens
+        self._step_size = fit_prefill(self._model, cache.offset, num_tokens, self._options.prefill_step_size)
+        self._num_left = fit_answer(self._model, cache.offset, num_tokens, num_wanted)
         self._stats.prompt_tokens += len(prompt)
         num_cached = len(cache.tokens)
         self._stats.cached_tokens += num_cached

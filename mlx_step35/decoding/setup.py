@@ -11,7 +11,8 @@ from mlx_step35.cache import ModelCache
 from mlx_step35.decoding.records import DecodeOptions, DecodeStats, Drafter
 from mlx_step35.depth import DepthController, RoundBytes
 from mlx_step35.errors import RequestError
-from mlx_step35.guard import planner_of, prefill_chunk
+from mlx_step35.guard import answer_length, planner_of, prefill_chunk
+from mlx_step35.memory import Planner
 from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftState
 from mlx_step35.sampling import CustomSampling, SamplingParams
@@ -46,8 +47,20 @@ def fit_prefill(model: Model, now: int, then: int, step_size: int) -> int:
 
     Raises RequestError for a context that can never fit this machine, CapacityError for one that cannot now.
     """
+    return prefill_chunk(_planner(model), now, then, step_size)
+
+
+def fit_answer(model: Model, now: int, then: int, num_wanted: int) -> int:
+    """How many of the wanted tokens can follow once a cache has gone from `now` to `then` tokens."""
+    num_tokens = answer_length(_planner(model), now, then, num_wanted)
+    if num_tokens < num_wanted:
+        logger.warning("memory ends this answer after %d of at most %d tokens", num_tokens, num_wanted)
+    return num_tokens
+
+
+def _planner(model: Model) -> Planner:
     arrays = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    return prefill_chunk(planner_of(model.config, arrays), now, then, step_size)
+    return planner_of(model.config, arrays)
 
 
 def make_drafter(

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from mlx_step35.costs import readable_bytes
+
 
 def describe(found: dict[str, Any]) -> str:
     """The plan for people."""
     context = found["context"]
     lines = [f"{found['model']} on {found['machine']}, context {context:,} tokens", ""]
-    lines += [f"  {kind:<34}{_gb(size)}" for kind, size in found["kinds_bytes"].items()]
+    lines += [f"  {kind:<34}{_size(size)}" for kind, size in found["kinds_bytes"].items()]
     extra = found["resident_bytes"] - found["weights_bytes"] - found["mtp_bytes"]
     rows = [
         ("more in memory than on disk", extra),
@@ -16,10 +18,13 @@ def describe(found: dict[str, Any]) -> str:
         ("caches of the MTP layers", found["draft_bytes"]),
         (f"prefill, {found['prefill_chunk']} tokens a pass", found["workspace_bytes"]),
     ]
-    lines += [f"  {title:<34}{_gb(size)}" for title, size in rows if size]
-    lines += [f"  {'peak':<34}{_gb(found['peak_bytes'])}", ""]
+    lines += [f"  {title:<34}{_size(size)}" for title, size in rows if size]
+    lines += [f"  {'peak':<34}{_size(found['peak_bytes'])}", ""]
     lines += _verdict(found)
-    lines += ["", f"each saved prefix (snapshot) takes {found['snapshot_bytes'] / 1e6:.1f} MB beside its KV"]
+    lines += [
+        "",
+        f"each saved prefix (snapshot) takes {readable_bytes(found['snapshot_bytes'])} beside its KV",
+    ]
     lines += ["", *_speed_lines(found["speed_estimate"])]
     return "\n".join(lines)
 
@@ -33,7 +38,7 @@ def _verdict(found: dict[str, Any]) -> list[str]:
         most = found[f"max_context_{key}"]
         fits = "fits" if found[f"fits_{key}"] else "does not fit"
         longest = f"up to {most:,} tokens" if most else "no context fits"
-        lines.append(f"  {title:<19}{_gb(found[f'limit_{key}_bytes'])}   {fits}; {longest}")
+        lines.append(f"  {title:<19}{_size(found[f'limit_{key}_bytes'])}   {fits}; {longest}")
     if not found["fits_default"] and found["fits_raised"]:
         lines += ["", "raise the limit (until the next restart) with", f"  {found['raise_command']}"]
     recipe = found["recommended_recipe"]
@@ -68,5 +73,5 @@ def _speed_lines(estimate: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:>9.3f} GB"
+def _size(size: int) -> str:
+    return f"{readable_bytes(size):>12}"
