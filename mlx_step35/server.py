@@ -5,17 +5,15 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 from urllib.parse import urlsplit
 
-import uvicorn
 from mlx.utils import tree_flatten
 
 from mlx_step35.api.models import Served
@@ -33,6 +31,7 @@ from mlx_step35.http.app import create_app
 from mlx_step35.http.gate import is_loopback
 from mlx_step35.http.listening import address_of, bind
 from mlx_step35.http.preparing import Preparer
+from mlx_step35.http.serving import HttpServer
 from mlx_step35.http.settings import GenerationDefaults, ServerSettings
 from mlx_step35.prompt_cache.budget import default_limit
 from mlx_step35.prompt_cache.disk import DiskTier
@@ -45,8 +44,6 @@ EXIT_USAGE = 2
 DEFAULT_NAME = "step-3.5-flash"
 KEY_VARIABLE = "MLX_STEP35_API_KEY"
 PROMPT_CACHE_DIR_BYTES = 32 * 2**30
-# How long streams under way may go on after SIGTERM.
-SHUTDOWN_S = 10
 
 logger = logging.getLogger(__name__)
 
@@ -137,14 +134,7 @@ async def serve(
     engine: Engine, preparer: Preparer, settings: ServerSettings, listeners: list[socket.socket]
 ) -> int:
     """Answer requests until a signal comes or the model cannot be loaded; returns the exit code."""
-    server = HttpServer(
-        uvicorn.Config(
-            create_app(engine, preparer, settings),
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=SHUTDOWN_S,
-        )
-    )
+    server = HttpServer(create_app(engine, preparer, settings), engine, settings.shutdown_s)
     serving = asyncio.create_task(server.serve(listeners))
     loading = asyncio.create_task(engine.loaded())
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
@@ -177,23 +167,6 @@ def _load(job: Job, path: Path) -> Runner:
     logger.info("saved prompts may take %.2f GB", limit_bytes / 1e9)
     store = PromptCacheStore(limit_bytes)
     return Runner(model, Session(model, store, disk), Settings(job.prefill_step_size))
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn, but a signal ends it with exit code 0."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own version raises the signal again when everything is done."""
-        loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        try:
-            yield
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
 
 
 def _fail(error: Exception) -> int:

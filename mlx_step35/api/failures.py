@@ -7,6 +7,8 @@ from mlx_step35.errors import PromptTooLongError, RequestError
 
 Dialect = Literal["openai", "anthropic"]
 
+RETRY_AFTER_S = 5
+
 _OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -76,6 +78,11 @@ def bad_request(error: RequestError, dialect: Dialect) -> Failure:
             f"resulted in {error.num_tokens} tokens. Please reduce the length of the messages."
         )
     return Failure(400, message, error.field, error.code)
+
+
+def overload(reason: str) -> Failure:
+    """No room, or no time left; the same request may succeed a little later."""
+    return Failure(503, f"overloaded: {reason}", code="overloaded", retry_after_s=RETRY_AFTER_S)
 
 
 def unknown_model(name: str) -> Failure:

@@ -79,13 +79,18 @@ class Engine:
         self._queue.put(request.client, submission)
         return submission
 
-    def stop(self, timeout_s: float = 10) -> None:
-        """Cancel everything and wait for the thread to end."""
+    def dismiss(self) -> None:
+        """Take no more requests and end those that are open, each with an OverloadedError."""
         self._state = "stopping"
         with self._lock:
             open_submissions = list(self._submissions)
         for submission in open_submissions:
+            submission.emit(Failed(OverloadedError("the server is shutting down")))
             submission.cancel()
+
+    def stop(self, timeout_s: float = 10) -> None:
+        """Dismiss everything and wait for the thread to end."""
+        self.dismiss()
         self._queue.close()
         self._loaded.set()
         self._worker.join(timeout_s)

@@ -1,5 +1,6 @@
 """The outermost layer: a name for every request, one log line without prompts or keys, no unhandled bug."""
 
+import asyncio
 import json
 import logging
 import time
@@ -10,7 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_step35.api.failures import INTERNAL
+from mlx_step35.api.failures import INTERNAL, Failure, overload
 from mlx_step35.http.errors import dialect_of, error_response
 from mlx_step35.http.metrics import Metrics
 
@@ -61,14 +62,23 @@ class AccessLog:
             await self._app(scope, receive, send_and_note)
         except StreamBrokenError:
             raise
+        except asyncio.CancelledError:
+            # A body that does not come, or a reader that does not read, has outlasted the server's shutdown.
+            await self._fail(overload("the server is shutting down"), scope, record, receive, send_and_note)
         except Exception:  # A bug in a handler: the caller gets a 500 in his dialect, the log the traceback.
             errors.exception("%s %s failed", scope["method"], scope["path"])
-            if record.status:
-                raise StreamBrokenError from None
-            dialect = dialect_of(scope["path"], Headers(scope=scope))
-            await error_response(INTERNAL, dialect, scope)(scope, receive, send_and_note)
+            await self._fail(INTERNAL, scope, record, receive, send_and_note)
         finally:
             self._finish(scope, record)
+
+    async def _fail(
+        self, failure: Failure, scope: Scope, record: Record, receive: Receive, send: Send
+    ) -> None:
+        """Answer with the failure, or cut off an answer that has begun."""
+        if record.status:
+            raise StreamBrokenError(failure.message) from None
+        dialect = dialect_of(scope["path"], Headers(scope=scope))
+        await error_response(failure, dialect, scope)(scope, receive, send)
 
     def _finish(self, scope: Scope, record: Record) -> None:
         seconds = time.perf_counter() - record.started_s

@@ -9,17 +9,17 @@ from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mlx_step35.api.failures import INTERNAL, Failure, bad_request
+from mlx_step35.api.failures import INTERNAL, RETRY_AFTER_S, Failure, bad_request, overload
 from mlx_step35.api.sse import to_json
 from mlx_step35.api.types import ChatRequest, TokenLogprob
 from mlx_step35.api.writer import Writer
-from mlx_step35.engine.engine import Submission
+from mlx_step35.engine.engine import OverloadedError, Submission
 from mlx_step35.engine.request import Event, Failed, Finished, Started, Token
 from mlx_step35.errors import CapacityError, RequestError
 from mlx_step35.http.access import Record, StreamBrokenError
 from mlx_step35.http.collecting import Collector
 from mlx_step35.http.endpoints import Endpoint, R
-from mlx_step35.http.errors import RETRY_AFTER_S, error_response
+from mlx_step35.http.errors import error_response
 from mlx_step35.http.metrics import Metrics
 from mlx_step35.http.preparing import Preparer
 from mlx_step35.http.settings import ServerSettings
@@ -176,6 +176,8 @@ class Answer(Response, Generic[R]):
             return None
         if isinstance(event.error, RequestError):
             return bad_request(event.error, self._endpoint.dialect)
+        if isinstance(event.error, OverloadedError):
+            return overload(str(event.error))
         if isinstance(event.error, CapacityError):
             return Failure(503, str(event.error), code="out_of_memory", retry_after_s=RETRY_AFTER_S)
         return INTERNAL

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_step35.api.anthropic import parse_messages
-from mlx_step35.api.failures import Failure, FailureError, bad_request, unknown_model
+from mlx_step35.api.failures import Failure, FailureError, bad_request, overload, unknown_model
 from mlx_step35.api.models import anthropic_list, openai_list
 from mlx_step35.api.schema import SCHEMAS
 from mlx_step35.api.sse import to_json
@@ -23,7 +23,7 @@ from mlx_step35.http.access import AccessLog
 from mlx_step35.http.answering import Answer
 from mlx_step35.http.body import parse_json, read_body
 from mlx_step35.http.endpoints import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Endpoint, R
-from mlx_step35.http.errors import RETRY_AFTER_S, dialect_of, error_response
+from mlx_step35.http.errors import dialect_of, error_response
 from mlx_step35.http.gate import Gate
 from mlx_step35.http.metrics import Metrics
 from mlx_step35.http.preparing import Preparer
@@ -141,8 +141,7 @@ class Server:
         return self._refuse(request, error.failure)
 
     async def overload(self, request: Request, error: Exception) -> Response:
-        failure = Failure(503, f"overloaded: {error}", code="overloaded", retry_after_s=RETRY_AFTER_S)
-        return self._refuse(request, failure)
+        return self._refuse(request, overload(str(error)))
 
     def _refuse(self, request: Request, failure: Failure) -> Response:
         record = request.state.record

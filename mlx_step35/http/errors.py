@@ -8,8 +8,6 @@ from starlette.types import Scope
 from mlx_step35.api.failures import Dialect, Failure
 from mlx_step35.api.sse import to_json
 
-RETRY_AFTER_S = 5
-
 
 def dialect_of(path: str, headers: Mapping[str, str]) -> Dialect:
     """Which dialect a caller speaks; the version header decides where the path says nothing."""

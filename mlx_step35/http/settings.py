@@ -23,7 +23,11 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Limits and access. `is_loopback`: only programs of this machine can connect."""
+    """Limits and access.
+
+    `is_loopback`: only programs of this machine can connect. `shutdown_s`: how long answers under way may go
+    on after a signal.
+    """
 
     served: Served
     defaults: GenerationDefaults = GenerationDefaults()
@@ -33,3 +37,4 @@ class ServerSettings:
     max_body_bytes: int = 32 * 2**20
     keepalive_s: float = 10.0
     request_timeout_s: float = 3600.0
+    shutdown_s: float = 10.0

@@ -27,6 +27,7 @@ def main(script: Script = obey) -> int:
     parser.add_argument("--token-s", type=float, default=0.0)
     parser.add_argument("--prompt-cache-bytes", type=int, default=10**9)
     parser.add_argument("--turn-memory-bytes", type=int, default=LIMIT_BYTES)
+    parser.add_argument("--shutdown-s", type=float, default=10.0)
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("uvicorn.error").addFilter(QuietBreaks())
@@ -41,6 +42,7 @@ def main(script: Script = obey) -> int:
         api_key=options.key,
         max_body_bytes=options.max_body,
         keepalive_s=options.keepalive,
+        shutdown_s=options.shutdown_s,
     )
     return asyncio.run(serve(engine, preparer, settings, bind("127.0.0.1", options.port)))
 
