@@ -72,10 +72,15 @@ def open_journal(directory: Path, identity: Mapping[str, str], facts: Mapping[st
         return journal
     try:
         content = json.loads(path.read_text())
-        recorded, checksums = content["identity"], content["checksums"]
-        is_complete = content["complete"]
-    except (ValueError, KeyError, TypeError) as error:
+        version, is_complete = content["format"], content["complete"]
+        recorded, checksums = dict(content["identity"]), content["checksums"]
+        checksums = {shard: dict(sums) for shard, sums in checksums.items()}
+        if not isinstance(is_complete, bool):
+            raise ValueError(f"complete is {is_complete!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version!r}, this version continues {FORMAT}")
     for key, value in identity.items():
         if recorded.get(key) != value:
             raise RequestError(
