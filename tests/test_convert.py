@@ -230,15 +230,54 @@ def test_only_adds_them_beside_somebodys_files(release_source: Path, tmp_path: P
     assert ours.keys() == expected.keys()
     assert all(mx.array_equal(ours[name], expected[name]) for name in ours)
     with pytest.raises(RequestError, match="has MTP layers already"):
-        convert(str(lean), theirs, mtp="only")
-    with pytest.raises(RequestError, match="has MTP layers already"):
         convert(str(lean), lean, mtp="only")
+
+
+def test_only_may_be_repeated_and_verifies_if_asked(
+    release_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "theirs"
+    convert(str(release_source), theirs, True, mtp="drop")
+    convert(str(release_source), theirs, mtp="only")
+    before = digests(theirs)
+    capsys.readouterr()
+    convert(str(release_source), theirs, mtp="only", verify=True)
+    printed = capsys.readouterr().out
+    assert "mtp.safetensors is complete already" in printed and "worst relative error" in printed
+    for choice in ({"mtp_bits": 8}, {"dtype": "float32"}):
+        with pytest.raises(RequestError, match="has MTP layers already"):
+            convert(str(release_source), theirs, mtp="only", **choice)  # type: ignore[arg-type]
+    assert digests(theirs) == before
+    sidecar = theirs / "mtp.safetensors"
+    content = bytearray(sidecar.read_bytes())
+    content[-5] ^= 0x40
+    sidecar.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"mtp\.safetensors is off by"):
+        convert(str(release_source), theirs, mtp="only", verify=True)
+
+
+def test_only_finds_heads_in_a_file_without_an_index(
+    release_source: Path, release_weights: dict[str, Stored], tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_bytes((release_source / "config.json").read_bytes())
+    write_safetensors(theirs / "model.safetensors", release_weights)
+    with pytest.raises(RequestError, match="has MTP layers already"):
+        convert(str(release_source), theirs, mtp="only")
+    assert sorted(file.name for file in theirs.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_only_needs_a_checkpoint_to_add_to(release_source: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"no config\.json; --mtp only adds to a checkpoint"):
+        convert(str(release_source), tmp_path / "mistyped", mtp="only")
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_only_refuses_a_source_without_heads(release_source: Path, tmp_path: Path) -> None:
     convert(str(release_source), tmp_path / "bare", mtp="drop")
     with pytest.raises(RequestError, match="no MTP layers"):
-        convert(str(tmp_path / "bare"), tmp_path / "out", mtp="only")
+        convert(str(tmp_path / "bare"), tmp_path / "bare", mtp="only")
     with pytest.raises(RequestError, match="--mtp drop"):
         convert(str(tmp_path / "bare"), tmp_path / "out")
 
@@ -325,10 +364,12 @@ def test_dry_run_of_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_verify_finds_a_swapped_tensor(release_source: Path, tmp_path: Path) -> None:
     convert(str(release_source), tmp_path / "out", True, mtp="drop")
     file = tmp_path / "out" / "model.safetensors"
-    output, metadata = read_safetensors(file)
-    up, gate = (f"model.layers.3.mlp.switch_mlp.{name}_proj.weight" for name in ("up", "gate"))
-    output[up], output[gate] = output[gate], output[up]
-    write_safetensors(file, output, metadata)
+    output, _ = read_safetensors(file)
+    up, gate = (output[f"model.layers.3.mlp.switch_mlp.{name}_proj.weight"][2] for name in ("up", "gate"))
+    # In place: a file of another size would be written again.
+    content = file.read_bytes()
+    content = content.replace(up, b"?" * len(up)).replace(gate, up).replace(b"?" * len(up), gate)
+    file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.switch_mlp\.gate_proj\.weight' .* is off by"):
         convert(str(release_source), tmp_path / "out", True, mtp="drop", verify=True)
 
@@ -343,8 +384,11 @@ def test_verify_finds_a_flipped_bit(release_source: Path, tmp_path: Path) -> Non
         convert(str(release_source), tmp_path / "out", True, mtp="drop", verify=True)
 
 
-def test_verify_checks_the_index(release_source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "config.json", "chat_template.jinja"])
+def test_verify_compares_what_stands_beside_the_weights(
+    release_source: Path, tmp_path: Path, name: str
+) -> None:
     convert(str(release_source), tmp_path / "out", True)
-    (tmp_path / "out" / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    with pytest.raises(CheckpointError, match="does not list what the shards hold"):
+    (tmp_path / "out" / name).write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match=f"{name} is not what the conversion writes"):
         convert(str(release_source), tmp_path / "out", True, verify=True)

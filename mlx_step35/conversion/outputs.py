@@ -1,7 +1,6 @@
 """The small files of a converted checkpoint: config.json, the index, the sidecar's metadata, the copies."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 from mlx_step35.checkpoint.headers import INDEX, read_json
 from mlx_step35.checkpoint.plan import SIDECAR_FORMAT, SIDECAR_FORMAT_KEY
 from mlx_step35.conversion.plan import Plan, Shard
-from mlx_step35.conversion.tensorfile import write_atomically
 from mlx_step35.quantization import QuantizationSettings
 
 # What mlx-lm writes too; its own loader looks at names only.
@@ -35,15 +33,18 @@ def config_json(raw: Mapping[str, Any], generation: Mapping[str, Any], plan: Pla
     """The source's config with every field kept, our format version, and the new packing for the old.
 
     The lists stay as long as they were, because transformers refuses other lengths. The ids that end a text
-    are those of both configs, since readers look at one or the other.
+    are those of all configs, since readers look at one or the other.
     """
-    config = {key: value for key, value in raw.items() if key not in ("quantization", "quantization_config")}
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        config["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
-    eos = list(dict.fromkeys([*_ids(raw.get("eos_token_id")), *_ids(generation.get("eos_token_id"))]))
-    if eos:
+    config = _without_packing(raw)
+    configs = [raw, generation]
+    if isinstance(text := config.get("text_config"), dict):
+        configs.insert(1, text)
+        config["text_config"] = _without_packing(text)
+    if eos := list(dict.fromkeys(token for each in configs for token in _ids(each.get("eos_token_id")))):
         config["eos_token_id"] = eos
+        if len(configs) == 3:
+            # Where there is a text_config, its fields win.
+            config["text_config"]["eos_token_id"] = eos
     config[SIDECAR_FORMAT_KEY] = int(SIDECAR_FORMAT)
     block = quantization_block(plan, plan.shards)
     if block:
@@ -91,20 +92,17 @@ def index_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def write_outputs(source: Path, directory: Path, raw: Mapping[str, Any], plan: Plan) -> None:
-    """Write config and index and copy tokenizer, template and generation config byte for byte."""
+def small_files(source: Path, raw: Mapping[str, Any], plan: Plan) -> dict[str, bytes]:
+    """All that stands beside the weights, by name: tokenizer, template and generation config byte for byte,
+    then index and config, without which a directory is no checkpoint."""
     generation = read_generation_config(source)
-    for pattern in COPIED:
-        for file in sorted(source.glob(pattern)):
-            # The hub's cache holds links to files; a directory is nothing of a tokenizer.
-            if file.is_file():
-                _copy(file, directory / file.name)
-    write_json(directory / INDEX, index_json(plan))
-    write_json(directory / "config.json", config_json(raw, generation, plan))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode())
+    # The hub's cache holds links to files; a directory is nothing of a tokenizer.
+    copied = [file for pattern in COPIED for file in sorted(source.glob(pattern)) if file.is_file()]
+    return {
+        **{file.name: file.read_bytes() for file in copied},
+        INDEX: _json(index_json(plan)),
+        "config.json": _json(config_json(raw, generation, plan)),
+    }
 
 
 def read_generation_config(source: Path) -> dict[str, Any]:
@@ -113,10 +111,12 @@ def read_generation_config(source: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _copy(source: Path, target: Path) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.copyfile(source, partial)
-    partial.replace(target)
+def _without_packing(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode()
 
 
 def _ids(value: object) -> list[int]:

@@ -105,8 +105,8 @@ def make_plan(
     packed: Mapping[str, Quantization] | None = None,
     written_by_mlx: bool = False,
 ) -> Plan:
-    """Decide everything. `packed` is how an MLX source packed its modules; the last argument is what the
-    files' metadata say of their writer, which matters only for a model without experts.
+    """Decide everything. `packed` is how an MLX source packed those of its modules that have scales; the last
+    argument is what the files' metadata say of their writer, which matters only for a model without experts.
 
     Raises CheckpointError for missing or unknown tensors, RequestError for a recipe the shapes do not allow.
     """
@@ -178,7 +178,7 @@ class _Names:
         source, is_original = self._left.pop(weight.name)
         quantization = recipe.choice(weight.path) if weight.is_quantizable else None
         outputs = stored_tensors(weight, quantization, recipe.dtype)
-        packed = self._packed.get(weight.path) if f"{weight.path}.scales" in self._left else None
+        packed = self._packing(weight)
         beside = [self._take(tensor.name) for tensor in stored_tensors(weight, packed, recipe.dtype)[1:]]
         scale = next(
             (self._take(weight.name + end) for end in SCALE_SUFFIXES if weight.name + end in self._left), None
@@ -199,6 +199,16 @@ class _Names:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise CheckpointError(f"the source has tensors this model does not: '{left[0]}'{more}")
         return self._dropped
+
+    def _packing(self, weight: Weight) -> Quantization | None:
+        scales = self._left.get(f"{weight.path}.scales")
+        if scales is None:
+            return None
+        if weight.path not in self._packed:
+            raise CheckpointError(
+                f"the source has '{scales[0]}', but nothing says how '{weight.path}' is quantised"
+            )
+        return self._packed[weight.path]
 
     def _take(self, name: str) -> str:
         if name not in self._left:

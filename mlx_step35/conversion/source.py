@@ -8,11 +8,12 @@ original release keep theirs and stay original wherever they are.
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_step35.checkpoint.headers import INDEX, Entry, Header, read_header, read_index, read_json
+from mlx_step35.checkpoint.names import parameter_name, text_name
 from mlx_step35.config import ModelConfig
 from mlx_step35.errors import CheckpointError
 
@@ -64,6 +65,14 @@ def read_source(path: Path, only: frozenset[str] | None = None) -> Source:
     _warn_of_strays(path, {*shards, *sidecars}, index)
     fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return Source(path, config, entries, metadata, mtp_metadata, _revision(path), fingerprint)
+
+
+def mtp_names(names: Iterable[str], config: ModelConfig) -> frozenset[str]:
+    """Those of MTP layers, in whatever layout."""
+    texts = {stored: text_name(stored) or "" for stored in names}
+    return frozenset(
+        stored for stored, text in texts.items() if parameter_name(text, config.num_layers, False).is_mtp
+    )
 
 
 def _digest(header: Header) -> str:

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_step35.checkpoint import load_checkpoint
 from mlx_step35.config import ModelConfig
 from mlx_step35.conversion.plan import Job, check_source, make_plan
-from mlx_step35.conversion.source import Source, read_source
+from mlx_step35.conversion.source import Source, mtp_names, read_source
 from mlx_step35.conversion.transform import read_weight
 from mlx_step35.model import Model
 from mlx_step35.mtp import MTP
@@ -92,7 +92,8 @@ class LayerStream:
         """A model with weights to come; what it has now is random, lazy and never evaluated."""
         config = source.config
         recipe = uniform_recipe(config, None)
-        has_mtp = any(name.startswith("mtp.") for name in source.entries) or bool(config.mtp_layers)
+        # As for a checkpoint that loads: heads are run where they are stored, whatever the config announces.
+        has_mtp = bool(config.mtp_layers and mtp_names(source.entries, config))
         plan = make_plan(source.entries.keys(), config, recipe, "keep" if has_mtp else "drop")
         check_source(plan, source.entries)
         self._jobs = {job.weight.name: job for job in plan.jobs}

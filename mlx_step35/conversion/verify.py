@@ -6,7 +6,6 @@ the weights' own spread instead of a table, and a swapped or damaged tensor exce
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
@@ -15,8 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_step35.checkpoint.headers import INDEX, ITEM_BYTES, Entry, read_header
-from mlx_step35.conversion.outputs import index_json
+from mlx_step35.checkpoint.headers import ITEM_BYTES, Entry, read_header
 from mlx_step35.conversion.plan import Job, Plan
 from mlx_step35.conversion.source import Source
 from mlx_step35.conversion.tensorfile import read_range
@@ -50,11 +48,10 @@ def verify(
     checksums: Mapping[str, Mapping[str, str]],
     progress: Callable[[int], object],
 ) -> dict[Kind, KindReport]:
-    """Compare every tensor with its source and the index with the shards.
+    """Compare every tensor with its source.
 
     Raises CheckpointError naming the first tensor that is missing, misshapen, damaged or too far off.
     """
-    _check_index(plan, directory)
     reports: dict[Kind, KindReport] = {}
     for shard in plan.files:
         entries = read_header(directory / shard.name).entries
@@ -76,15 +73,11 @@ def verify(
     return reports
 
 
-def _check_index(plan: Plan, directory: Path) -> None:
-    if not plan.shards:
-        return
-    try:
-        index = json.loads((directory / INDEX).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / INDEX} cannot be read: {error}") from None
-    if index != index_json(plan):
-        raise CheckpointError(f"{directory / INDEX} does not list what the shards hold")
+def verify_small(files: Mapping[str, bytes], directory: Path) -> None:
+    """Compare index, config and copies. Raises CheckpointError naming the first that differs."""
+    for name, content in files.items():
+        if (directory / name).read_bytes() != content:
+            raise CheckpointError(f"{directory / name} is not what the conversion writes")
 
 
 def _check_entries(file: str, planned: Mapping[str, object], entries: Mapping[str, Entry]) -> None:

@@ -80,6 +80,8 @@ def test_a_hub_source_is_fetched_in_two_steps(
         return str(release_source)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_bytes((release_source / "config.json").read_bytes())
     convert("stepfun-ai/Step-3.5-Flash", tmp_path / "out", mtp="only")
     first, second = asked
     assert "config.json" in first and not any("safetensors" in item and "index" not in item for item in first)

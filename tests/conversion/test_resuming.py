@@ -1,6 +1,7 @@
 """Crashes at any moment, full disks, others' directories: nothing is lost and nothing foreign is touched."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ import pytest
 from mlx_step35.conversion import run as conversion_run
 from mlx_step35.conversion.journal import locked
 from mlx_step35.convert import convert, main
-from mlx_step35.errors import RequestError
+from mlx_step35.errors import RequestError, Step35Error
 from tests.release import (
     digests,
     read_output,
@@ -138,6 +139,54 @@ def test_a_finished_conversion_is_left_alone(release_source: Path, tmp_path: Pat
     (tmp_path / "out" / "README.md").write_text("my own words")
     before = digests(tmp_path / "out")
     convert(str(release_source), tmp_path / "out", True)
+    assert digests(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "gone", ["model.safetensors", "mtp.safetensors", "config.json", "chat_template.jinja", "README.md"]
+)
+def test_what_is_gone_from_a_finished_conversion_is_written_again(
+    release_source: Path, tmp_path: Path, gone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(str(release_source), tmp_path / "out", True)
+    before = digests(tmp_path / "out")
+    (tmp_path / "out" / gone).unlink()
+    capsys.readouterr()
+    convert(str(release_source), tmp_path / "out", True)
+    assert "complete already" not in capsys.readouterr().out
+    assert digests(tmp_path / "out") == before
+
+
+def test_a_cut_shard_of_a_finished_conversion_is_written_again(release_source: Path, tmp_path: Path) -> None:
+    convert(str(release_source), tmp_path / "out", True)
+    before = digests(tmp_path / "out")
+    shard = tmp_path / "out" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    convert(str(release_source), tmp_path / "out", True)
+    assert digests(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("identity", [], "another source"),
+        ("identity", 3, "is damaged"),
+        ("identity", "x", "is damaged"),
+        ("checksums", [], "is damaged"),
+        ("checksums", {"model.safetensors": 3}, "is damaged"),
+        ("complete", "yes", "is damaged"),
+        ("format", 99, "has format 99, this version continues 1"),
+    ],
+)
+def test_a_journal_that_is_none_of_ours_is_one_line(
+    release_source: Path, tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    convert(str(release_source), tmp_path / "out", True)
+    journal = tmp_path / "out" / "conversion.json"
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | {field: value}))
+    before = digests(tmp_path / "out")
+    with pytest.raises(Step35Error, match=message):
+        convert(str(release_source), tmp_path / "out", True)
     assert digests(tmp_path / "out") == before
 
 
