@@ -36,7 +36,7 @@ MODEL = "step-3.5-flash"
 TOOL = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
 FUNCTION = {"name": TOOL["name"], "parameters": TOOL["input_schema"]}
 PARTS = 20
-# Bytes a request: a request that is never let go takes ten times as much with its prompt and its answer, and
+# Bytes a request: a request that is never let go takes five times as much with its prompt and answer, and
 # the steps in which an allocator takes memory come to some hundred over a few thousand requests.
 MAX_SLOPE = 2000
 
