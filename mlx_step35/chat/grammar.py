@@ -14,13 +14,18 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from mlx_step35.chat.arguments import schema_types
+from mlx_step35.chat.finite import has_finite_value
 from mlx_step35.chat.lark import (
     ANSWER_STYLE,
     ARGUMENT_STYLE,
+    STRICT_STYLE,
     CallTags,
     answer_grammar,
     call_rules,
     json_rule,
+    parameters_of,
+    prose_rule,
+    unenforced,
     value_schemas,
 )
 from mlx_step35.chat.output import THINK_CLOSER
@@ -192,7 +197,8 @@ class GrammarCompiler:
         self, schema: Mapping[str, Any] | None, tools: Tools, is_forced: bool, parallel: bool, field: str
     ) -> str | None:
         """The grammar of the answer; None if any text will do."""
-        if schema is None and not is_forced and (parallel or not tools):
+        is_free = schema is None and not is_forced
+        if is_free and not (any(map(_is_strict, tools)) or (tools and not parallel)):
             return None
         rules: list[str] = []
         alternatives: list[str] = []
@@ -202,9 +208,9 @@ class GrammarCompiler:
             rules.append(json_rule("answer", schema, ANSWER_STYLE))
         if tools:
             calls = 'call ("\\n"? call)*' if parallel else "call"
-            if schema is None and not is_forced:
-                calls = "prose call?"
-                rules.append("prose: /(.|\\n)*/")
+            if is_free:
+                calls = "prose (call prose)*" if parallel else "prose call?"
+                rules.append(prose_rule([tool.get("function", tool)["name"] for tool in tools]))
             alternatives.append(calls)
             rules += call_rules(self._enforceable(tools), self._tags)
         return answer_grammar(alternatives, rules)
@@ -224,29 +230,44 @@ class GrammarCompiler:
                 if not name or ">" in name or "\n" in name:
                     field = f"tools[{index}].function.parameters.properties"
                     raise RequestError(f"{field}: {name!r} cannot stand in a call of this model", field)
-            for path, schema in value_schemas(tool):
-                message = self._fault(schema, ARGUMENT_STYLE)
-                if not message:
-                    continue
-                if function.get("strict") is True:
-                    field = f"tools[{index}].function.parameters{path}"
-                    raise RequestError(f"{field} cannot be enforced: {message}", field, "unsupported_schema")
-                function = _loosened(function, path.removeprefix(".properties."))
+            if _is_strict(tool):
+                self._check_strict(tool, f"tools[{index}].function.parameters")
+            else:
+                for path, schema in value_schemas(tool):
+                    if self._fault(schema, ARGUMENT_STYLE, parameters_of(function)):
+                        function = _loosened(function, path.removeprefix(".properties."))
             result.append({"type": "function", "function": function})
         return result
+
+    def _check_strict(self, tool: Mapping[str, Any], field: str) -> None:
+        """Raises RequestError for a part of a strict tool's schema that its calls could break."""
+        function = tool.get("function", tool)
+        faults = list(unenforced(function))
+        for path, schema in value_schemas(tool):
+            if message := self._fault(schema, STRICT_STYLE, parameters_of(function)):
+                faults.append((path, message))
+        for path, message in faults:
+            raise RequestError(
+                f"{field}{path} cannot be enforced: {message}", field + path, "unsupported_schema"
+            )
 
     def _locate(self, schema: Mapping[str, Any], root: Mapping[str, Any], path: str) -> str:
         """The deepest part of a schema that cannot be enforced by itself."""
         definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
         for name, child in _children(schema):
-            if isinstance(child, Mapping) and self._fault({**definitions, **child}, ANSWER_STYLE):
+            if isinstance(child, Mapping) and self._fault({**definitions, **child}, ANSWER_STYLE, root):
                 return self._locate(child, root, f"{path}.{name}")
         return path
 
-    def _fault(self, schema: Mapping[str, Any], style: Mapping[str, Any]) -> str:
-        """Why llguidance cannot enforce a schema; empty if it can."""
+    def _fault(
+        self, schema: Mapping[str, Any], style: Mapping[str, Any], root: Mapping[str, Any] | None = None
+    ) -> str:
+        """Why a schema cannot be enforced; empty if it can. `root` is where its references lead."""
         grammar = LLMatcher.grammar_from_json_schema(json.dumps({**schema, "x-guidance": style}))
-        return _first_line(LLMatcher.validate_grammar(grammar, self._tables))
+        message = _first_line(LLMatcher.validate_grammar(grammar, self._tables))
+        if not message and not has_finite_value(schema, schema if root is None else root):
+            return "every value contains itself, so none can end"
+        return message
 
     @cached_property
     def _tables(self) -> LLTokenizer:
@@ -270,9 +291,13 @@ def _known_ends(tokenizer: Tokenizer) -> list[int]:
     return [token for token in tokenizer.eos_token_ids if token < tokenizer.vocab_size]
 
 
+def _is_strict(tool: Mapping[str, Any]) -> bool:
+    return tool.get("function", tool).get("strict") is True
+
+
 def _loosened(function: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The function with one parameter reduced to its types."""
-    parameters = function["parameters"]
+    parameters = parameters_of(function)
     types = list(schema_types(parameters["properties"][name], parameters))
     properties = {**parameters["properties"], name: {"type": types}}
     return {**function, "parameters": {**parameters, "properties": properties}}

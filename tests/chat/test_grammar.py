@@ -54,17 +54,24 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
 ENDINGS = ["</think>", "\n</parameter>\n", "</parameter>\n", '"', "}", "]", "\n", "0", ", "]
 
 
-def walk(tokenizer: Tokenizer, constraint: Constraint, seed: int) -> ParsedOutput | None:
+def walk(
+    tokenizer: Tokenizer,
+    constraint: Constraint,
+    seed: int,
+    tools: Any = (),
+    start: str = "",
+) -> ParsedOutput | None:
     """Samples at random under the masks, with steps back in between; None if no end came in time."""
     generator = random.Random(seed)
     ids: list[int] = []
-    planned: list[int] = []
+    planned = tokenizer.encode(start)
     while len(ids) < 500:
         allowed = choices(tokenizer, constraint)
         assert allowed
         ends = [token for token in tokenizer.eos_token_ids if token in allowed]
-        if len(ends) == len(allowed) or (ends and constraint.mask() is not None and generator.random() < 0.7):
-            return parse_output(tokenizer.decode(ids), TOOLS)
+        is_open = not (start and planned) and constraint.mask() is not None
+        if len(ends) == len(allowed) or (ends and is_open and generator.random() < 0.7):
+            return parse_output(tokenizer.decode(ids), tools or TOOLS)
         if not planned and generator.random() < 0.3:
             planned = tokenizer.encode(generator.choice(ENDINGS))
         token = (
@@ -174,6 +181,103 @@ def test_an_answer_or_a_call(tokenizer: Tokenizer, compiler: GrammarCompiler) ->
         assert result.tool_calls or json.loads(result.content or "")
 
 
+STRICT = {
+    "$ref": "#/$defs/Root",
+    "$defs": {
+        "Root": {
+            "type": "object",
+            "properties": {
+                "unit": {"enum": ["C", "F", None]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 7},
+                "code": {"type": "string", "pattern": "^[A-Z]{2}/[0-9]+$", "maxLength": 6},
+                "note": {"type": "string", "minLength": 3},
+                "ids": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]},
+                "tree": {"$ref": "#/$defs/Tree"},
+            },
+            "required": ["unit", "days", "code", "note", "ids", "tree", "more"],
+        },
+        "Tree": {
+            "type": "object",
+            "properties": {"left": {"anyOf": [{"$ref": "#/$defs/Tree"}, {"type": "null"}]}},
+            "required": ["left"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_strict_calls_follow_their_schema_when_calling_is_free(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, parallel: bool
+) -> None:
+    tools = [tool("weather", STRICT, strict=True), tool("ping", {"type": "object", "properties": {}})]
+    validator = pytest.importorskip("jsonschema_rs").validator_for(STRICT)
+    counts = []
+    for seed in range(60):
+        constraint = compiler.constraint(tools=tools, parallel=parallel)
+        assert constraint is not None
+        result = walk(tokenizer, constraint, seed, tools, "</think>\nA" + "<tool_call>\n" * (seed % 3 > 0))
+        for call in result.tool_calls if result else ():
+            if call.name == "weather":
+                assert validator.is_valid(json.loads(call.arguments)), call.arguments
+        counts.append(len(result.tool_calls) if result else 0)
+    assert counts.count(0) > 5 and counts.count(1) > 5 and (parallel or max(counts) == 1)
+
+
+GOOD = (
+    "<tool_call>\n<function=weather>\n<parameter=unit>\nC\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+    "<parameter=code>\nAB/12\n</parameter>\n<parameter=note>\nnone\n</parameter>\n<parameter=ids>\n[1, 2]\n"
+    '</parameter>\n<parameter=tree>\n{"left": {"left": null}}\n</parameter>\n<parameter=more>\nm\n'
+    "</parameter>\n</function>\n</tool_call>"
+)
+
+
+def is_allowed(tokenizer: Tokenizer, compiler: GrammarCompiler, text: str) -> bool:
+    """Whether a whole answer can be said, ends included, under the grammar of the strict tool."""
+    constraint = compiler.constraint(tools=[tool("weather", STRICT, strict=True)])
+    assert constraint is not None
+    for token in [*tokenizer.encode(text), tokenizer.eos_token_ids[-1]]:
+        if token not in choices(tokenizer, constraint):
+            return False
+        constraint.advance(token)
+    return True
+
+
+def test_text_around_strict_calls_is_free(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    for text in ("", "Hi.", "a < b\n<function\n", f"Look:{GOOD}", f"{GOOD}{GOOD}", f"{GOOD}\n{GOOD} done"):
+        assert is_allowed(tokenizer, compiler, f"think\n</think>\n{text}"), text
+
+
+@pytest.mark.parametrize(("good", "bad"), [
+    ("\nC\n", "\nK\n"), ("\n3\n", "\n8\n"), ("\n3\n", "\nthree\n"), ("AB/12", "AB/12345"), ("AB/12", "xAB/1"),
+    ("none", "no"), ("[1, 2]", "[1, 'a']"), ('{"left": null}', '{"right": null}'),
+    ("<parameter=more>\nm\n</parameter>\n", ""), ("none", "none</function></tool_call>"),
+    ("none", "a\n<parameter=more>\nx"), ("<tool_call>\n", ""), ("<function=weather>", "<function weather>"),
+])  # fmt: skip
+def test_a_strict_call_cannot_break_its_schema(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, good: str, bad: str
+) -> None:
+    assert good in GOOD
+    assert not is_allowed(tokenizer, compiler, f"think\n</think>\n{GOOD.replace(good, bad)}")
+
+
+@pytest.mark.parametrize(("parameters", "path"), [
+    ({"type": "object", "properties": {"a": {"type": "string", "not": {"const": "x"}}}}, ".properties.a"),
+    ({"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}, ""),
+    ({"type": "object", "properties": {"a": {"minimum": 3}}}, ".properties.a"),
+    ({"type": "object", "properties": {}, "patternProperties": {"a": {}}}, ".patternProperties"),
+    ({"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {
+        "type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "required": ["a"]}}}, ".properties.a"),
+])  # fmt: skip
+def test_a_strict_schema_that_cannot_be_enforced_is_refused(
+    compiler: GrammarCompiler, parameters: Any, path: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        compiler.constraint(tools=[tool("t", parameters, strict=True)])
+    assert (caught.value.field or "").startswith("tools")
+    assert (caught.value.field or "").endswith(path)
+
+
 def test_nothing_to_enforce(compiler: GrammarCompiler) -> None:
     assert compiler.constraint() is None
     assert compiler.constraint(tools=TOOLS) is None
@@ -242,12 +346,34 @@ def test_a_thinking_budget(
     ({"anyOf": [{"type": "null"}, {"type": "array", "items": {"not": {}}}]}, ".anyOf[1].items"),
     ({"properties": {"a": {"$ref": "#/$defs/B"}}, "$defs": {"B": {"not": {}}}}, ".properties.a"),
     ({"type": "integer", "minimum": 5, "maximum": 1}, ""),
+    ({"$ref": "#"}, ""),
+    ({"anyOf": [{"$ref": "#"}]}, ""),
+    ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, ""),
+    ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, ""),
+    ({"type": "object", "additionalProperties": {"$ref": "#"}, "minProperties": 1}, ""),
+    ({"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}}, None),
+    ({"type": "array", "items": {"$ref": "#/$defs/A"}, "minItems": 1, "$defs": {
+        "A": {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "required": ["a"]}}}, None),
 ])  # fmt: skip
-def test_schemas_that_cannot_be_enforced_are_named(compiler: GrammarCompiler, schema: Any, path: str) -> None:
+def test_schemas_that_cannot_be_enforced_are_named(
+    compiler: GrammarCompiler, schema: Any, path: str | None
+) -> None:
     with pytest.raises(RequestError) as caught:
         compiler.constraint(schema=schema)
-    assert caught.value.field == "response_format.json_schema.schema" + path
-    assert "cannot be enforced" in str(caught.value)
+    assert (caught.value.field or "").startswith("response_format.json_schema.schema" + (path or ""))
+    assert path is None or (caught.value.field or "").endswith(path)
+    assert "cannot be enforced" in str(caught.value) and caught.value.code == "unsupported_schema"
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "array", "items": {"$ref": "#"}},
+    {"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#"}, "minItems": 1}]},
+    {"type": "object", "properties": {"a": {"$ref": "#"}}},
+    {"type": "object", "properties": {"a": {"$ref": "#/$defs/T"}}, "required": ["a"], "$defs": {
+        "T": {"type": "object", "properties": {"n": {"type": ["object", "null"]}}, "required": ["n"]}}},
+])  # fmt: skip
+def test_schemas_that_recurse_with_an_end_are_served(compiler: GrammarCompiler, schema: Any) -> None:
+    assert compiler.constraint(schema=schema) is not None
 
 
 def test_strict_tools_are_enforced_and_others_at_least_by_type(
