@@ -25,6 +25,7 @@ from mlx_step35.bench.sweep import Frontier, SweepOptions, sweep
 from mlx_step35.bench.synthetic import CHUNK, CPU_CHUNK, Synthetic, measure
 from mlx_step35.chat.tokenizer import Tokenizer
 from mlx_step35.checkpoint import NANO, load_checkpoint, read_config, resolve_model
+from mlx_step35.costs import readable_bytes
 from mlx_step35.decoding import MTPChoice, prepare
 from mlx_step35.errors import RequestError, Step35Error
 from mlx_step35.guard import check_load, total_memory
@@ -151,7 +152,7 @@ def _tables(frontiers: Sequence[Frontier]) -> list[str]:
         ]
         lines.append(
             f"  {frontier.context:>8,}{frontier.prefill_tokens_per_s:>13.1f}{frontier.first_token_s:>11.2f} s"
-            f"{frontier.peak_bytes / 1e9:>7.2f} GB" + "".join(f"{cell:>18}" for cell in steps)
+            f"{readable_bytes(frontier.peak_bytes):>10}" + "".join(f"{cell:>18}" for cell in steps)
         )
     return lines
 
