@@ -44,7 +44,7 @@ CONTEXT_STEP = 64
 LEAD = 1.015
 
 # Share of all decode time that trying apparently worse kinds may cost.
-PROBE_SHARE = 0.01
+PROBE_SHARE = 0.015
 # Plain rounds that trying may cost before any were saved up.
 PROBE_CREDIT = 2
 # Plain rounds between two kinds of drafting: they are what all else is compared with, and one may be a pause.
