@@ -10,6 +10,7 @@ from typing import Any
 from mlx_step35.config import ModelConfig
 from mlx_step35.conversion.plan import Plan
 from mlx_step35.conversion.report import CONTEXTS, memory, rows, total
+from mlx_step35.costs import readable_bytes
 
 CARD = "README.md"
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
@@ -76,15 +77,15 @@ def _body(plan: Plan, config: ModelConfig, facts: Facts, name: str) -> list[str]
         else "The multi-token-prediction layers were left out."
     )
     size = total(plan)
-    table = ["| part | GB | bits per weight | stored as |", "|---|---|---|---|"]
+    table = ["| part | size | bits per weight | stored as |", "|---|---|---|---|"]
     table += [
-        f"| {title} | {part.nbytes / 1e9:.3f} | {part.bits_per_weight:.2f} | {chosen} |"
+        f"| {title} | {readable_bytes(part.nbytes)} | {part.bits_per_weight:.2f} | {chosen} |"
         for title, part, chosen in rows(plan)
     ]
-    table.append(f"| **total** | {size.nbytes / 1e9:.3f} | {size.bits_per_weight:.2f} | |")
-    contexts = ["| context | GB |", "|---|---|"]
+    table.append(f"| **total** | {readable_bytes(size.nbytes)} | {size.bits_per_weight:.2f} | |")
+    contexts = ["| context | memory |", "|---|---|"]
     contexts += [
-        f"| {context // 1024}K | {memory(plan, config, context) / 1e9:.1f} |"
+        f"| {context // 1024}K | {readable_bytes(memory(plan, config, context))} |"
         for context in CONTEXTS
         if context <= config.context_length
     ]

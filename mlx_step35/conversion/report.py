@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from mlx_step35 import costs
 from mlx_step35.config import ModelConfig
 from mlx_step35.conversion.plan import Plan
-from mlx_step35.costs import Size
+from mlx_step35.costs import Size, readable_bytes
 from mlx_step35.layout import Weight
 from mlx_step35.recipes import summary
 
@@ -15,13 +15,9 @@ CONTEXTS = (8192, 32768, 65536, 131072, 262144)
 
 def describe(plan: Plan, config: ModelConfig) -> str:
     """The whole plan as a plain table."""
-    lines = [f"recipe: {plan.recipe.name}", "", f"{'kind':<16}{'GB':>9}{'bits/weight':>13}  chosen"]
-    for title, size, chosen in rows(plan):
-        lines.append(f"{title:<16}{size.nbytes / 1e9:>9.3f}{size.bits_per_weight:>13.2f}  {chosen}")
-    size = total(plan)
-    lines.append(
-        f"{'total':<16}{size.nbytes / 1e9:>9.3f}{size.bits_per_weight:>13.2f}  {len(plan.files)} files"
-    )
+    lines = [f"recipe: {plan.recipe.name}", "", f"{'kind':<16}{'size':>9}{'bits/weight':>13}  chosen"]
+    for title, size, chosen in (*rows(plan), ("total", total(plan), f"{len(plan.files)} files")):
+        lines.append(f"{title:<16}{readable_bytes(size.nbytes):>9}{size.bits_per_weight:>13.2f}  {chosen}")
     for reason in sorted(set(plan.dropped.values())):
         count = sum(1 for value in plan.dropped.values() if value == reason)
         lines.append(f"dropped: {count} tensors ({reason})")
@@ -53,9 +49,8 @@ def fits(plan: Plan, config: ModelConfig) -> list[tuple[int, str]]:
         limit = costs.memory_limit(gib)
         fitting = [context for context in CONTEXTS if memory(plan, config, context) <= limit]
         text = f"fits {max(fitting) // 1024}K context" if fitting else "does not fit"
-        lines.append(
-            (gib, f"{text} (limit {limit / 1e9:.1f} GB, 8K needs {memory(plan, config, 8192) / 1e9:.1f})")
-        )
+        needed = readable_bytes(memory(plan, config, 8192))
+        lines.append((gib, f"{text} (limit {readable_bytes(limit)}, 8K needs {needed})"))
     return lines
 
 
