@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from mlx_step35.conversion.options import DType, Options, parse_size
+from mlx_step35.conversion.options import DType, Options, output_directory, parse_size
 from mlx_step35.conversion.plan import MTPChoice
 from mlx_step35.conversion.run import run
 from mlx_step35.exits import run_command
@@ -46,7 +46,7 @@ def convert(
     run(
         Options(
             hf_path=str(hf_path),
-            mlx_path=Path(mlx_path),
+            mlx_path=output_directory(mlx_path),
             quantize=quantize,
             q_group_size=q_group_size,
             q_bits=q_bits,
@@ -77,7 +77,7 @@ def _parse(arguments: Sequence[str]) -> Options:
     given = _parser().parse_args(arguments)
     return Options(
         hf_path=given.hf_path,
-        mlx_path=given.mlx_path,
+        mlx_path=output_directory(given.mlx_path),
         quantize=given.quantize,
         q_group_size=given.q_group_size,
         q_bits=given.q_bits,
@@ -87,7 +87,7 @@ def _parse(arguments: Sequence[str]) -> Options:
         revision=given.revision,
         dequantize=given.dequantize,
         recipe=given.recipe,
-        target_size=parse_size(given.target_size) if given.target_size else None,
+        target_size=None if given.target_size is None else parse_size(given.target_size),
         q_overrides=tuple(given.q_overrides),
         mtp=given.mtp,
         mtp_bits=given.mtp_bits,
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--hf-path", "--model", required=True, help="source: a local directory or a hub repo id")
-    add("--mlx-path", type=Path, default=Path("mlx_model"), help="output directory")
+    add("--mlx-path", default="mlx_model", help="output directory")
     add("--revision", help="branch, tag or commit of a hub source")
     add("-q", "--quantize", action="store_true", help="quantise uniformly, as mlx-lm does")
     add("--q-bits", type=int, help="bits per weight (2, 3, 4, 5, 6 or 8)")

@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from mlx_step35.config import ModelConfig
-from mlx_step35.costs import kv_bytes, memory_limit, mtp_bytes, mtp_kv_bytes, stored_bytes
+from mlx_step35.costs import (
+    kv_bytes,
+    memory_limit,
+    mtp_bytes,
+    mtp_kv_bytes,
+    readable_bytes,
+    stored_bytes,
+)
 from mlx_step35.errors import CapacityError, RequestError
 from mlx_step35.layout import (
     Kind,
@@ -43,7 +50,9 @@ ROOMY_BYTES = 120_000_000_000
 def quantization(bits: int | None, group_size: int | None, mode: Mode) -> Quantization:
     """A packing MLX has, with the mode's defaults for what is None. Raises RequestError for any other."""
     default = DEFAULTS[mode]
-    choice = Quantization(default.bits if bits is None else bits, group_size or default.group_size, mode)
+    choice = Quantization(
+        default.bits if bits is None else bits, default.group_size if group_size is None else group_size, mode
+    )
     if mode != "affine":
         if choice != default:
             raise RequestError(
@@ -109,11 +118,12 @@ def fit_recipe(config: ModelConfig, budget: int, dtype: str = "BF16", order: Ord
     """
     weights = backbone_weights(config)
     choices = _base_choices(weights, experts=EXPERT_RUNGS[0].bits, rest=8 if budget >= ROOMY_BYTES else 6)
-    recipe = Recipe(f"{budget / 1e9:.1f} GB", choices, dtype)
+    recipe = Recipe(readable_bytes(max(budget, 0)), choices, dtype)
     left = budget - sum(stored_bytes(weight, recipe) for weight in weights)
     if left < 0:
         raise CapacityError(
-            f"the smallest recipe takes {(budget - left) / 1e9:.1f} GB, the budget is {budget / 1e9:.1f} GB"
+            f"the smallest recipe takes {readable_bytes(budget - left)}, "
+            f"the budget is {readable_bytes(max(budget, 0))}"
         )
     for weight, rung in _upgrades(weights, order):
         cost = _nbytes(weight, rung, dtype) - _nbytes(weight, choices[weight.path], dtype)
@@ -143,14 +153,17 @@ class Override:
             raise RequestError(
                 f"'{pattern}' is not a regular expression: {error}", field="q_overrides"
             ) from None
-        choice = None if bits == "16" else quantization(int(bits), int(group) if group else None, "affine")
-        return cls(text, compiled, choice)
+        if bits != "16":
+            return cls(text, compiled, quantization(int(bits), int(group) if group else None, "affine"))
+        if group:
+            raise RequestError(f"'{text}': 16 bits are unquantised and have no groups", field="q_overrides")
+        return cls(text, compiled, None)
 
 
-def with_overrides(config: ModelConfig, recipe: Recipe, overrides: Sequence[Override]) -> Recipe:
+def with_overrides(weights: Iterable[Weight], recipe: Recipe, overrides: Sequence[Override]) -> Recipe:
     """The recipe with some paths chosen by hand; later ones win, and one that finds nothing is refused."""
     choices = dict(recipe.choices)
-    paths = [w.path for w in (*backbone_weights(config), *mtp_weights(config)) if w.is_quantizable]
+    paths = [weight.path for weight in weights if weight.is_quantizable]
     for override in overrides:
         found = [path for path in paths if override.pattern.search(path)]
         if not found:

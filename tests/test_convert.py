@@ -352,7 +352,7 @@ def test_dry_run_of_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     main(["--hf-path", str(tmp_path), "-q", "--q-bits", "4", "--dry-run"])
     printed = capsys.readouterr().out
-    assert "112.179" in printed  # 110.81 GB and 1.37 GB of heads
+    assert "112.18 GB" in printed  # 110.81 GB and 1.37 GB of heads
     assert "96 GB Mac: does not fit" in printed
     assert "128 GB Mac: does not fit" in printed
     assert "192 GB Mac: fits 256K context" in printed

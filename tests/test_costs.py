@@ -47,7 +47,9 @@ def test_four_bit_size_to_the_last_digit_given(config: ModelConfig) -> None:
 
 def test_bytes_read_per_token(config: ModelConfig) -> None:
     # The derivation counts the router at 4 bits like all else; uploads keep it at 8, 25 MB a token more.
-    recipe = with_overrides(config, uniform(config, 4), [Override.parse(r"mlp\.gate\.gate$=4")])
+    recipe = with_overrides(
+        backbone_weights(config), uniform(config, 4), [Override.parse(r"mlp\.gate\.gate$=4")]
+    )
     reads = [costs.step_read_bytes(config, recipe, tokens) / 1e9 for tokens in (1, 2, 3, 4)]
     assert reads == pytest.approx([6.45, 9.34, 12.15, 14.88], abs=0.005)
     assert [read / reads[0] for read in reads[1:]] == pytest.approx([1.45, 1.88, 2.31], abs=0.005)

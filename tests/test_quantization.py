@@ -86,7 +86,7 @@ def test_early_layers_get_a_bit_more_first(config: ModelConfig) -> None:
 
 
 def test_too_small_a_budget_is_refused_with_numbers(config: ModelConfig) -> None:
-    with pytest.raises(CapacityError, match=r"smallest recipe takes 6\d\.\d GB, the budget is 50\.0 GB"):
+    with pytest.raises(CapacityError, match=r"smallest recipe takes 6\d\.\d\d GB, the budget is 50\.00 GB"):
         fit_recipe(config, 50 * 10**9)
 
 
@@ -102,7 +102,7 @@ def test_uniform_keeps_the_router_at_8_bits_and_the_heads_apart(config: ModelCon
 
 def test_overrides_apply_in_order(config: ModelConfig) -> None:
     recipe = with_overrides(
-        config,
+        [*backbone_weights(config), *mtp_weights(config)],
         uniform_recipe(config, Quantization(4, 64)),
         [
             Override.parse(text)
@@ -116,7 +116,19 @@ def test_overrides_apply_in_order(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["q_proj", "=4", "q_proj=", "q_proj=four", "q_proj=4:", "(=4", "q_proj=7", "q_proj=4:16"]
+    "text",
+    [
+        "q_proj",
+        "=4",
+        "q_proj=",
+        "q_proj=four",
+        "q_proj=4:",
+        "(=4",
+        "q_proj=7",
+        "q_proj=4:16",
+        "q_proj=4:0",
+        "q_proj=16:7",
+    ],
 )
 def test_malformed_overrides_are_refused(text: str) -> None:
     with pytest.raises(RequestError):
@@ -125,7 +137,9 @@ def test_malformed_overrides_are_refused(text: str) -> None:
 
 def test_an_override_that_matches_nothing_is_refused(config: ModelConfig) -> None:
     with pytest.raises(RequestError, match="matches no quantisable module"):
-        with_overrides(config, uniform_recipe(config, None), [Override.parse("input_layernorm=4")])
+        with_overrides(
+            backbone_weights(config), uniform_recipe(config, None), [Override.parse("input_layernorm=4")]
+        )
 
 
 def test_group_sizes_that_do_not_divide_are_refused_by_name(config: ModelConfig) -> None:

@@ -40,9 +40,12 @@ class Announced:
 def fetch_small(source: str, revision: str | None) -> Path:
     """A local directory for a path or repo id; of a repo only config, index, tokenizer and the like.
 
-    Raises RequestError for what is neither, HubError when the hub does not give it.
+    Raises RequestError for what is neither and for a directory's revision, HubError when the hub does not
+    give it.
     """
     if _is_local(source):
+        if revision is not None:
+            raise RequestError(f"'{source}' is a directory, which has no --revision", field="revision")
         return resolve_model(source)
     path = Path(source).expanduser()
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:

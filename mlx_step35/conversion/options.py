@@ -10,9 +10,10 @@ from mlx_step35.config import ModelConfig
 from mlx_step35.conversion.plan import MTPChoice
 from mlx_step35.costs import mtp_bytes
 from mlx_step35.errors import RequestError
-from mlx_step35.layout import Recipe
+from mlx_step35.layout import Recipe, backbone_weights, mtp_weights
 from mlx_step35.quantization import Mode
 from mlx_step35.recipes import (
+    RECIPES,
     Override,
     RecipeName,
     fit_recipe,
@@ -55,7 +56,37 @@ class Options:
         return self.quantize or self.recipe is not None or self.target_size is not None
 
     def check(self) -> None:
-        """Refuse what contradicts itself, before anything is fetched. Raises RequestError."""
+        """Refuse what is no choice or contradicts itself, before anything is fetched. Raises RequestError."""
+        self._check_values()
+        self._check_combinations()
+
+    def _check_values(self) -> None:
+        """A call may pass anything, a command line empty words and zeros."""
+        for name, text in (("hf_path", self.hf_path), ("revision", self.revision)):
+            if text == "":
+                raise RequestError(f"{_flag(name)} is empty", field=name)
+        choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
+            ("q_mode", self.q_mode, get_args(Mode)),
+            ("dtype", self.dtype, (None, *get_args(DType))),
+            ("recipe", self.recipe, (None, *RECIPES)),
+            ("mtp", self.mtp, get_args(MTPChoice)),
+        )
+        for name, choice, known in choices:
+            if choice not in known:
+                listed = ", ".join(str(each) for each in known if each is not None)
+                raise RequestError(f"{_flag(name)} is one of {listed}, not {choice!r}", field=name)
+        numbers: tuple[tuple[str, object], ...] = (
+            ("q_bits", self.q_bits),
+            ("q_group_size", self.q_group_size),
+            ("mtp_bits", self.mtp_bits),
+            ("target_size", self.target_size),
+        )
+        for name, number in numbers:
+            is_number = isinstance(number, int) and not isinstance(number, bool) and number > 0
+            if number is not None and not is_number:
+                raise RequestError(f"{_flag(name)} is a positive whole number, not {number!r}", field=name)
+
+    def _check_combinations(self) -> None:
         if self.is_quantized and self.dequantize:
             raise RequestError("choose quantisation or --dequantize, not both", field="dequantize")
         budgets = [self.recipe is not None, self.target_size is not None]
@@ -66,6 +97,8 @@ class Options:
             raise RequestError("--mtp only takes --mtp-bits and --q-overrides, nothing else", field="mtp")
         if self.mtp != "only" and not self.is_quantized and (by_hand or self.q_overrides):
             raise RequestError("choices of bits need --quantize", field="quantize")
+        if self.mtp == "drop" and self.mtp_bits is not None:
+            raise RequestError("--mtp drop leaves nothing for --mtp-bits", field="mtp_bits")
 
 
 def choose_recipe(config: ModelConfig, options: Options) -> Recipe:
@@ -87,7 +120,16 @@ def choose_recipe(config: ModelConfig, options: Options) -> Recipe:
         recipe = uniform_recipe(config, None, dtype)
     if heads is not None:
         recipe = with_mtp(config, recipe, heads)
-    return with_overrides(config, recipe, [Override.parse(text) for text in options.q_overrides])
+    weights = [] if options.mtp == "only" else backbone_weights(config)
+    weights += [] if heads is None else mtp_weights(config)
+    return with_overrides(weights, recipe, [Override.parse(text) for text in options.q_overrides])
+
+
+def output_directory(path: str | Path) -> Path:
+    """Where to write. Raises RequestError for an empty word, which would mean the current directory."""
+    if path == "":
+        raise RequestError("--mlx-path is empty", field="mlx_path")
+    return Path(path)
 
 
 def parse_size(text: str) -> int:
@@ -97,6 +139,10 @@ def parse_size(text: str) -> int:
         raise RequestError(f"'{text}' is no size such as 92GB", field="target_size")
     units = {"G": 10**9, "GB": 10**9, "GiB": 1 << 30, "M": 10**6, "MB": 10**6, "MiB": 1 << 20}
     return int(float(match[1]) * units[match[2]])
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _mtp_bits(options: Options) -> int | None:

@@ -30,6 +30,7 @@ from mlx_step35.conversion.source import Source, mtp_names, read_source
 from mlx_step35.conversion.stream import source_bytes, write_shard
 from mlx_step35.conversion.tensorfile import TensorWriter, write_atomically
 from mlx_step35.conversion.verify import verify, verify_small
+from mlx_step35.costs import readable_bytes
 from mlx_step35.errors import CapacityError, RequestError
 from mlx_step35.layout import backbone_weights, mtp_weights
 from mlx_step35.quantization import Quantization, QuantizationSettings
@@ -229,7 +230,7 @@ def _check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise CapacityError(
-            f"{directory} needs {needed / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free"
+            f"{directory} needs {readable_bytes(needed)} more, its disk has {readable_bytes(free)} free"
         )
 
 

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mlx_step35.convert import convert, main
-from mlx_step35.errors import CheckpointError
+from mlx_step35.errors import CheckpointError, RequestError
 from tests.release import (
     Stored,
     stored,
@@ -89,6 +90,21 @@ def test_stray_files_are_ignored_with_a_warning(
         (["--target-size", "1MB"], 2, "smallest recipe takes"),
         (["--mtp", "only", "-q"], 2, "nothing else"),
         (["-q", "--q-overrides", "nothing=4"], 2, "matches no"),
+        (["-q", "--mtp", "drop", "--q-overrides", "mtp=8"], 2, "matches no"),
+        (["-q", "--q-overrides", r"layers\.4=4:0"], 2, "groups of 0"),
+        (["-q", "--q-overrides", "lm_head=16:64"], 2, "have no groups"),
+        (["-q", "--q-overrides", ""], 2, "is not REGEX=BITS"),
+        (["-q", "--q-group-size", "0"], 2, "--q-group-size is a positive whole number, not 0"),
+        (["-q", "--q-bits", "0"], 2, "--q-bits is a positive whole number, not 0"),
+        (["--mtp-bits", "0"], 2, "--mtp-bits is a positive whole number, not 0"),
+        (["--target-size", ""], 2, "no size"),
+        (["--target-size", "0GB"], 2, "--target-size is a positive whole number, not 0"),
+        (["--hf-path", ""], 2, "--hf-path is empty"),
+        (["--mlx-path", ""], 2, "--mlx-path is empty"),
+        (["--revision", ""], 2, "--revision is empty"),
+        (["--upload-repo", ""], 2, "is no repo id"),
+        (["--revision", "main"], 2, "which has no --revision"),
+        (["--mtp", "drop", "--mtp-bits", "8"], 2, "leaves nothing for --mtp-bits"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -106,6 +122,33 @@ def test_mistakes_are_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("choice", "field"),
+    [
+        ({"mtp": "maybe"}, "mtp"),
+        ({"mtp": None}, "mtp"),
+        ({"recipe": "mac-1"}, "recipe"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"quantize": True, "q_mode": "foo"}, "q_mode"),
+        ({"quantize": True, "q_mode": ["affine"]}, "q_mode"),
+        ({"quantize": True, "q_bits": "4"}, "q_bits"),
+        ({"quantize": True, "q_bits": True}, "q_bits"),
+        ({"quantize": True, "q_group_size": 64.0}, "q_group_size"),
+        ({"mtp_bits": "4"}, "mtp_bits"),
+        ({"target_size": 5e6}, "target_size"),
+        ({"target_size": -1}, "target_size"),
+    ],
+    ids=str,
+)
+def test_a_call_is_checked_as_the_command_line_is(
+    release_source: Path, tmp_path: Path, choice: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(RequestError) as raised:
+        convert(str(release_source), tmp_path / "out", **choice)
+    assert raised.value.field == field
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
 
 
 def test_an_unknown_model_type_is_refused(

@@ -131,7 +131,7 @@ def test_too_small_a_disk_is_refused_before_writing(
     with pytest.raises(SystemExit) as exited:
         main(["--hf-path", str(release_source), "--mlx-path", str(tmp_path / "out")])
     assert exited.value.code == 2
-    assert "GB more, its disk has 0.00 GB free" in capsys.readouterr().err
+    assert "MB more, its disk has 1.0 kB free" in capsys.readouterr().err
 
 
 def test_a_finished_conversion_is_left_alone(release_source: Path, tmp_path: Path) -> None:
