@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from mlx_step35.cache import window_mask
 from mlx_step35.chat.tokenizer import Tokenizer
-from mlx_step35.checkpoint import resolve_model
-from mlx_step35.conversion.card import CARD, put_quality
+from mlx_step35.checkpoint import read_config, resolve_model
+from mlx_step35.conversion.card import CARD, has_quality, put_quality
 from mlx_step35.conversion.teacher import LayerStream
 from mlx_step35.conversion.tensorfile import write_atomically
 from mlx_step35.errors import CheckpointError, RequestError
@@ -32,6 +32,8 @@ from mlx_step35.exits import run_command
 # Rows whose logits are in memory together: 64 of 128,896 entries are 33 MB in float32.
 ROWS = 64
 HELD_OUT = "heldout.txt"
+# exp of more is no float.
+LARGEST_LOSS = 700.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,12 @@ class _Run:
 
 
 def measure(source: Path, model: Path, chunks: Sequence[Sequence[int]], text: str = "") -> Figures:
-    """Compare two checkpoints on token sequences, each of which is read from its own beginning."""
+    """Compare two checkpoints on token sequences, each of which is read from its own beginning.
+
+    Raises RequestError for different vocabularies, before anything is computed, and CheckpointError when the
+    loss is not finite.
+    """
+    _check_vocabularies(source, model, chunks)
     runs = [_run(path, chunks) for path in (source, model)]
     totals, count = [0.0] * 4, 0
     for index, tokens in enumerate(chunks):
@@ -75,17 +82,34 @@ def measure(source: Path, model: Path, chunks: Sequence[Sequence[int]], text: st
                 total + part for total, part in zip(totals, _compare(first, second, wanted), strict=True)
             ]
             count += wanted.size
-    perplexities = [exp(total / count) for total in totals[:2]]
     return Figures(
         text=text,
         num_tokens=count,
-        source_perplexity=perplexities[0],
-        model_perplexity=perplexities[1],
+        source_perplexity=_perplexity(source, totals[0] / count),
+        model_perplexity=_perplexity(model, totals[1] / count),
         kl_divergence=totals[2] / count,
         top1_agreement=totals[3] / count,
         source_acceptance=runs[0].acceptance,
         model_acceptance=runs[1].acceptance,
     )
+
+
+def _check_vocabularies(source: Path, model: Path, chunks: Sequence[Sequence[int]]) -> None:
+    sizes = [read_config(path).vocab_size for path in (source, model)]
+    if sizes[0] != sizes[1]:
+        raise RequestError(
+            f"the vocabularies differ: {source} has {sizes[0]} tokens, {model} has {sizes[1]}", field="model"
+        )
+    largest = max(max(tokens) for tokens in chunks)
+    if largest >= sizes[1]:
+        raise RequestError(f"the text has token {largest}, {model} has {sizes[1]} tokens", field="text")
+
+
+def _perplexity(path: Path, loss: float) -> float:
+    # Written so that NaN is refused too.
+    if not loss < LARGEST_LOSS:
+        raise CheckpointError(f"{path} has a loss of {loss} nats a token; its weights are damaged")
+    return exp(loss)
 
 
 def _compare(first: mx.array, second: mx.array, wanted: mx.array) -> list[float]:
@@ -151,7 +175,12 @@ def _argmax(head: Any, x: mx.array) -> mx.array:
 
 
 def chunks_of(tokens: Sequence[int], bos: int | None, length: int) -> list[list[int]]:
-    """A text cut into sequences that each begin with BOS; a token alone predicts nothing and is left out."""
+    """A text cut into sequences that each begin with BOS; a token alone predicts nothing and is left out.
+
+    Raises RequestError for a length that leaves no room to predict anything.
+    """
+    if length < 2:
+        raise RequestError(f"--chunk is {length}, but a sequence has at least 2 tokens", field="chunk")
     start = [] if bos is None else [bos]
     body = length - len(start)
     pieces = [[*start, *tokens[first : first + body]] for first in range(0, len(tokens), body)]
@@ -169,6 +198,12 @@ def read_text(path: Path | None) -> str:
     if not text.strip():
         raise RequestError(f"{path} is empty", field="text")
     return text
+
+
+def has_quality_section(directory: Path) -> bool:
+    """Whether there is a model card with a place for the figures."""
+    card = directory / CARD
+    return card.exists() and has_quality(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def update_card(directory: Path, figures: Mapping[str, Any]) -> bool:
@@ -195,6 +230,8 @@ def _report(given: argparse.Namespace) -> None:
     text = read_text(given.text)
     model = resolve_model(given.model)
     source = resolve_model(given.source)
+    if given.card and not has_quality_section(model):
+        raise RequestError(f"{model / CARD} has no quality section for --card to fill", field="card")
     tokenizer = Tokenizer.from_directory(model)
     chunks = chunks_of(tokenizer.encode_text(text), tokenizer.bos_token_id, given.chunk)
     if not chunks:

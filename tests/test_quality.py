@@ -11,8 +11,8 @@ import pytest
 
 from mlx_step35.checkpoint import load_checkpoint
 from mlx_step35.convert import convert
-from mlx_step35.errors import RequestError
-from mlx_step35.quality import chunks_of, measure, read_text, update_card
+from mlx_step35.errors import CheckpointError, RequestError
+from mlx_step35.quality import chunks_of, main, measure, read_text, update_card
 from tests.release import block_scales, release_config, release_tensors, stored, to_fp8, values, write_release
 
 CHUNKS = [[int(token) for token in np.random.default_rng(k).integers(0, 64, 70 + k)] for k in range(3)]
@@ -111,6 +111,64 @@ def test_an_fp8_source_is_read_as_its_bfloat16_form(tmp_path: Path) -> None:
     figures = measure(tmp_path / "fp8", tmp_path / "plain", CHUNKS)
     assert figures.kl_divergence == pytest.approx(0, abs=1e-6)
     assert figures.source_acceptance == figures.model_acceptance
+
+
+def test_an_fp8_source_without_heads_is_compared_without(tmp_path: Path) -> None:
+    """The config goes on announcing three, as after a conversion that dropped them."""
+    tensors = release_tensors(release_config())
+    count = release_config()["num_hidden_layers"]
+    heads = tuple(f"model.layers.{count + depth}." for depth in range(3))
+    bare = {name: tensor for name, tensor in tensors.items() if not name.startswith(heads)}
+    write_release(tmp_path / "fp8", tensors=to_fp8(bare))
+    figures = measure(tmp_path / "fp8", tmp_path / "fp8", CHUNKS[:1])
+    assert figures.source_acceptance == () and figures.kl_divergence == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["model.layers.4.self_attn.q_proj.weight", "lm_head.weight"])
+def test_damaged_weights_give_no_figures(source: Path, tmp_path: Path, name: str) -> None:
+    raw = release_config(torch_dtype="float32")
+    tensors = release_tensors(raw, dtype="F32")
+    array = values(tensors[name]).copy()
+    array[5, 7] = np.nan
+    damaged = write_release(tmp_path / "damaged", raw, {**tensors, name: stored(array, "F32")})
+    for pair in ((damaged, source), (source, damaged)):
+        with pytest.raises(CheckpointError, match=f"{damaged} has a loss of nan"):
+            measure(*pair, CHUNKS[:1])
+
+
+def test_a_loss_without_a_perplexity_is_refused(source: Path, tmp_path: Path) -> None:
+    raw = release_config(torch_dtype="float32")
+    tensors = release_tensors(raw, dtype="F32")
+    loud = values(tensors["lm_head.weight"]) * np.float32(1e6)
+    write_release(tmp_path / "loud", raw, {**tensors, "lm_head.weight": stored(loud, "F32")})
+    with pytest.raises(CheckpointError, match=r"loud has a loss of \d+"):
+        measure(source, tmp_path / "loud", CHUNKS[:1])
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_computed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def computed(*_: object) -> None:
+        raise AssertionError("a model ran")
+
+    monkeypatch.setattr("mlx_step35.quality._run", computed)
+    raw = release_config(torch_dtype="float32", vocab_size=96)
+    other = write_release(tmp_path / "other", raw, release_tensors(raw, dtype="F32"))
+    with pytest.raises(RequestError, match=r"source has 64 tokens, .*other has 96"):
+        measure(source, other, CHUNKS)
+    with pytest.raises(RequestError, match="has token 64"):
+        measure(source, source, [[1, 64]])
+    for arguments, message in (
+        (["--chunk", "1"], "--chunk is 1"),
+        (["--chunk", "0"], "--chunk is 0"),
+        (["--chunk", "-5"], "--chunk is -5"),
+        (["--card"], "README.md has no quality section"),
+    ):
+        with pytest.raises(SystemExit) as exited:
+            main(["--source", "nano", "--model", "nano", *arguments])
+        assert exited.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and message in line
 
 
 def test_memory_holds_one_layer_at_a_time(tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ def model_card(plan: Plan, config: ModelConfig, facts: Facts, name: str) -> str:
     return "\n".join([*metadata, "", f"# {title}", "", *_body(plan, config, facts, name)]) + "\n"
 
 
+def has_quality(card: str) -> bool:
+    """Whether `put_quality` finds the section it fills."""
+    return END in card.partition(BEGIN)[2]
+
+
 def put_quality(card: str, figures: Mapping[str, Any]) -> str:
     """A card with its quality section filled. Raises ValueError when the section's marks are gone."""
     before, begin, rest = card.partition(BEGIN)
