@@ -10,6 +10,7 @@ import pytest
 
 from mlx_step35 import bench
 from mlx_step35.bench.compare import compare
+from mlx_step35.bench.options import parse_job
 from mlx_step35.bench.plot import plot
 from mlx_step35.bench.sweep import SweepOptions, sweep
 from mlx_step35.bench.synthetic import CPU_CHUNK, measure
@@ -62,8 +63,16 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--contexts", "40000"], "the model holds 32768"),
         (["--num-tokens", "1"], "at least 2"),
-        (["--synthetic", "full-layer", "--compare-mlx-lm"], "choose"),
-        (["--synthetic", "full-layer", "--plot", "out.png"], "sweep over contexts only"),
+        (["--synthetic", "full-layer", "--compare-mlx-lm"], "--synthetic has no effect on --compare-mlx-lm"),
+        (["--synthetic", "full-layer", "--plot", "out.png"], "--plot has no effect on --synthetic"),
+        (["--synthetic", "full-layer", "--contexts", "0,64"], "one context"),
+        (["--synthetic", "full-layer", "--bits", "7"], "invalid choice"),
+        (["--synthetic", "full-layer", "--chunk", "0"], "at least 1"),
+        (["--compare-mlx-lm", "--pairs", "0"], "at least 1"),
+        (["--compare-mlx-lm", "--temps", "0"], "--temps has no effect on --compare-mlx-lm"),
+        (["--bits", "8"], "--bits has no effect on the sweep"),
+        (["--contexts", "-1"], "at least 0"),
+        (["--temps", "nan"], "at least 0"),
         (["--text", "nowhere.txt"], "cannot read"),
         (["--model", "./nowhere"], "no model directory"),
     ],
@@ -125,7 +134,7 @@ def test_what_cannot_be_plotted_is_refused_before_measuring(
     module = import_module("mlx_step35.bench.plot")
     monkeypatch.setattr(module, "find_spec", lambda _: has_matplotlib or None)
     monkeypatch.setattr(bench, "load_checkpoint", None)
-    job = bench._job(bench._parser().parse_args(["--plot", str(tmp_path / name)]))
+    job = parse_job(["--plot", str(tmp_path / name)])
     with pytest.raises(RequestError, match=message):
         bench.run(job)
 
@@ -162,3 +171,12 @@ def test_memory_of_decoding_stays_flat(tiny_model: Model, num_tokens: int) -> No
     # At most one full layer's old buffer beside its new one.
     copied = kv_bytes_per_token(tiny_model.config, 4) // 2 * cache.offset
     assert late <= early + copied + 50_000
+
+
+def test_usual_contexts_that_the_model_does_not_hold_are_left_out() -> None:
+    said: list[str] = []
+    options = bench._fitting(parse_job(["--num-tokens", "2"]), 9000, said.append)
+    assert options.contexts == (0, 2048, 8192)
+    assert [line.split()[1] for line in said] == ["16384", "32768"]
+    with pytest.raises(RequestError, match="the model holds 9000"):
+        bench._fitting(parse_job(["--contexts", "0,9000"]), 9000, said.append)

@@ -13,7 +13,8 @@ from typing import Any
 
 from mlx_step35 import costs
 from mlx_step35.config import ModelConfig
-from mlx_step35.errors import CapacityError, RequestError, Step35Error
+from mlx_step35.errors import CapacityError, RequestError
+from mlx_step35.exits import run_command
 from mlx_step35.memory import PREFILL_CHUNKS, Planner, Stored, raise_command, snapshot_bytes
 from mlx_step35.plan.report import describe
 from mlx_step35.plan.subject import (
@@ -103,13 +104,14 @@ def recommend(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: exit code 0 whether it fits or not, 2 for a question that has no answer."""
+    """Command line; exit code 0 whether it fits or not."""
     given = _parser().parse_args(arguments)
-    try:
-        found = answer(_question(given))
-    except Step35Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    if code := run_command(lambda: _report(given)):
+        sys.exit(code)
+
+
+def _report(given: argparse.Namespace) -> None:
+    found = answer(_question(given))
     print(json.dumps(found, indent=2) if given.json else describe(found))
 
 
