@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--recipe", choices=RECIPES, help="a conversion by this recipe")
     which.add_argument("--bits", type=int, help="a uniform conversion; 16 is unquantised")
     heads = parser.add_mutually_exclusive_group()
-    heads.add_argument("--mtp-bits", type=int, default=4, help="bits of the MTP layers (default: %(default)s)")
+    heads.add_argument("--mtp-bits", type=int, default=4, help="of the MTP layers (default: %(default)s)")
     heads.add_argument("--no-mtp", action="store_true", help="without the MTP layers")
     add("--prefill-step-size", type=int, default=PREFILL_CHUNKS[0], help="prompt tokens a pass (%(default)s)")
     add("--json", action="store_true", help="as JSON")
