@@ -28,6 +28,7 @@ from mlx_step35.http.gate import Gate
 from mlx_step35.http.metrics import Metrics
 from mlx_step35.http.preparing import Preparer
 from mlx_step35.http.settings import ServerSettings
+from mlx_step35.http.threads import in_thread
 
 COUNT_PATH = "/v1/messages/count_tokens"
 
@@ -48,13 +49,17 @@ def create_app(engine: Engine, preparer: Preparer, settings: ServerSettings) -> 
     _add(app, MESSAGES.path, "POST", server.generation(MESSAGES))
     _add(app, RESPONSES.path, "POST", server.generation(RESPONSES))
     _add(app, COUNT_PATH, "POST", server.count_tokens)
-    _add(app, "/v1/models", "GET", server.list_models)
-    _add(app, "/v1/models/{name:path}", "GET", server.get_model)
-    _add(app, "/health", "GET", server.health)
-    _add(app, "/metrics", "GET", server.show_metrics)
-    for path in ("/", "/api/hello"):
-        _add(app, path, "GET", server.hello)
-        _add(app, path, "HEAD", server.hello)
+    readable = {
+        "/v1/models": server.list_models,
+        "/v1/models/{name:path}": server.get_model,
+        "/health": server.health,
+        "/metrics": server.show_metrics,
+        "/": server.hello,
+        "/api/hello": server.hello,
+    }
+    for path, handler in readable.items():
+        _add(app, path, "GET", handler)
+        _add(app, path, "HEAD", handler)
     app.add_exception_handler(HTTPException, server.http_failure)
     app.add_exception_handler(RequestError, server.request_failure)
     app.add_exception_handler(FailureError, server.failure)
@@ -80,7 +85,7 @@ class Server:
             request.state.record.details["endpoint"] = endpoint.name
             body = await read_body(request, self._settings.max_body_bytes)
             # Long prompts take a while to parse and tokenise, and the loop serves everybody.
-            parsed, job = await asyncio.to_thread(self._prepare, endpoint, body, _client(request))
+            parsed, job = await in_thread(self._prepare, endpoint, body, _client(request))
             self.metrics.note_unknown(endpoint.name, parsed.unknown_fields)
             submission = self._engine.submit(job)
             return Answer(endpoint, parsed, submission, self._preparer, self._settings, self.metrics)
@@ -91,7 +96,7 @@ class Server:
     async def count_tokens(self, request: Request) -> Response:
         request.state.record.details["endpoint"] = "count_tokens"
         body = await read_body(request, self._settings.max_body_bytes)
-        return _json({"input_tokens": await asyncio.to_thread(self._count, body)})
+        return _json({"input_tokens": await in_thread(self._count, body)})
 
     async def list_models(self, request: Request) -> Response:
         served = self._settings.served

@@ -38,6 +38,7 @@ class Gate:
             if message["type"] == "http.response.start" and is_welcome:
                 answer = MutableHeaders(scope=message)
                 answer["access-control-allow-origin"] = origin or ""
+                answer["access-control-expose-headers"] = "request-id, x-request-id, retry-after"
                 answer["vary"] = "Origin"
             await send(message)
 
@@ -74,14 +75,15 @@ class Gate:
 
     def _is_welcome(self, origin: str) -> bool:
         allowed = self._settings.cors_origins
-        return "*" in allowed or origin in allowed or is_loopback(urlsplit(origin).netloc)
+        return "*" in allowed or origin in allowed or is_loopback(_host(origin))
 
 
 def is_loopback(host: str) -> bool:
     """Whether a host, with or without port, is a name of this machine for itself."""
     name = host.strip().lower()
     if name.startswith("["):
-        return name[1:].partition("]")[0] == "::1"
+        address, bracket, port = name[1:].partition("]")
+        return address == "::1" and bool(bracket) and (not port or port.startswith(":"))
     if name == "::1":
         return True
     name = name.rpartition(":")[0] if ":" in name else name
@@ -93,12 +95,21 @@ def is_loopback(host: str) -> bool:
     )
 
 
+def _host(origin: str) -> str:
+    """An origin's host and port; nothing for what is no origin."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
+
+
 def _preflight(headers: Headers) -> Response:
-    return Response(
-        status_code=204,
-        headers={
-            "access-control-allow-methods": "GET, POST, OPTIONS",
-            "access-control-allow-headers": headers.get("access-control-request-headers", "*"),
-            "access-control-max-age": "600",
-        },
-    )
+    answer = {
+        "access-control-allow-methods": "GET, HEAD, POST, OPTIONS",
+        "access-control-allow-headers": headers.get("access-control-request-headers", "*"),
+        "access-control-max-age": "600",
+    }
+    # A page from the internet that wants to reach loopback; whether it may has been decided.
+    if headers.get("access-control-request-private-network") == "true":
+        answer["access-control-allow-private-network"] = "true"
+    return Response(status_code=204, headers=answer)
