@@ -81,8 +81,8 @@ class MessageWriter:
         last = _event("message_delta", delta=self._stop, usage=usage_json(usage))
         return last + _event("message_stop")
 
-    def fail(self, failure: Failure) -> bytes:
-        return event(failure.body("anthropic"), "error")
+    def fail(self, failure: Failure, request_id: str) -> bytes:
+        return event(failure.body("anthropic", request_id), "error")
 
     def _write(self, delta: Delta) -> bytes:
         match delta:

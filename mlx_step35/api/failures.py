@@ -12,19 +12,23 @@ RETRY_AFTER_S = 5
 _OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",
+    408: "server_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "server_error",
+    504: "server_error",
     529: "server_error",
 }
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     500: "api_error",
     503: "overloaded_error",
+    504: "timeout_error",
     529: "overloaded_error",
 }
 

@@ -97,7 +97,7 @@ class ChatWriter:
         last = self._event([], usage=usage_json(usage)) if self._includes_usage else b""
         return last + DONE
 
-    def fail(self, failure: Failure) -> bytes:
+    def fail(self, failure: Failure, request_id: str) -> bytes:
         return event(failure.body("openai"))
 
     def _chunk(self, index: int, delta: Mapping[str, Any], finish_reason: str | None = None) -> bytes:
@@ -151,7 +151,7 @@ class CompletionWriter:
         last = self._event([], usage=usage_json(usage)) if self._includes_usage else b""
         return last + DONE
 
-    def fail(self, failure: Failure) -> bytes:
+    def fail(self, failure: Failure, request_id: str) -> bytes:
         return event(failure.body("openai"))
 
     def _chunk(

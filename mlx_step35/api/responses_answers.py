@@ -59,7 +59,7 @@ class ResponseWriter:
         self.response["usage"] = _usage(usage)
         return self._event(f"response.{self.response['status']}", response=self.response)
 
-    def fail(self, failure: Failure) -> bytes:
+    def fail(self, failure: Failure, request_id: str) -> bytes:
         self.response["status"] = "failed"
         self.response["error"] = {"code": "server_error", "message": failure.message}
         return self._event("response.failed", response=self.response)

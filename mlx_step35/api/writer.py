@@ -29,5 +29,5 @@ class Writer(Protocol):
     def close(self, usage: Usage) -> bytes:
         """The last events, after all choices."""
 
-    def fail(self, failure: Failure) -> bytes:
+    def fail(self, failure: Failure, request_id: str) -> bytes:
         """The last events of an answer that cannot be finished."""

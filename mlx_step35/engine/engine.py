@@ -138,6 +138,10 @@ class Submission:
             finally:
                 timer.cancel()
                 self._waiter = None
+        return self.take_rest()
+
+    def take_rest(self) -> list[Event]:
+        """All events that have come."""
         events, self._events = self._events, []
         return events
 

@@ -97,11 +97,15 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """What became certain with one token. `logprobs` is None outside the answer, or if not asked for."""
+    """A token was taken, and what became certain with it.
+
+    `is_reasoning`: it is part of the thinking. `logprobs` is None outside the answer, or if not asked for.
+    """
 
     index: int
     deltas: Sequence[Delta]
     logprobs: Logprobs | None = None
+    is_reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,12 +129,12 @@ class Worker:
                 sampled.append(decoded.token)
                 # The token that ends the thinking belongs to it, and the end token is no text.
                 was_reasoning = output.is_reasoning
+                num_reasoning = output.reasoning_tokens
                 deltas = output.push(decoded.token)
                 logprobs = None
                 if request.top_logprobs is not None and not was_reasoning and not output.stopped:
                     logprobs = read_logprobs(decoded, request.top_logprobs)
-                if deltas or logprobs:
-                    job.emit(Token(index, deltas, logprobs))
+                job.emit(Token(index, deltas, logprobs, output.reasoning_tokens > num_reasoning))
                 if output.stopped:
                     break
         finally:

@@ -78,6 +78,9 @@ class Answer(Response, Generic[R]):
             delivery.cancel()
             departure.cancel()
             await asyncio.gather(delivery, departure, return_exceptions=True)
+            # Work was done for these, too, though nobody is left to read them.
+            for event in self._submission.take_rest():
+                self._observe(event)
             self._note(record)
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,7 +92,7 @@ class Answer(Response, Generic[R]):
             if self._num_left and self._time_left() <= 0:
                 failure = failure or TIMEOUT
         if failure is not None:
-            await error_response(failure, self._endpoint.dialect, scope)(scope, receive, send)
+            await self._refuse(failure, scope, receive, send)
             return
         collector = self._collector
         body = self._endpoint.whole(
@@ -102,7 +105,7 @@ class Answer(Response, Generic[R]):
         events = await self._submission.take(START_WAIT_S)
         failure = next(filter(None, map(self._failure, events)), None)
         if failure is not None:
-            await error_response(failure, self._endpoint.dialect, scope)(scope, receive, send)
+            await self._refuse(failure, scope, receive, send)
             return
         for event in [event for event in events if isinstance(event, Started)]:
             # Known before the first event is written, so that it can tell.
@@ -116,7 +119,7 @@ class Answer(Response, Generic[R]):
             if failure is None and self._num_left and self._time_left() <= 0:
                 failure = TIMEOUT
             if failure is not None:
-                await self._break_off(writer, send, data, failure)
+                await self._break_off(failure, writer, data, scope["state"]["record"], send)
                 return
             if not self._num_left:
                 last = writer.close(self._collector.usage)
@@ -131,8 +134,18 @@ class Answer(Response, Generic[R]):
             wait_s = min(self._settings.keepalive_s - quiet_s, self._time_left())
             events = await self._submission.take(max(wait_s, 0.001))
 
-    async def _break_off(self, writer: Writer, send: Send, data: bytes, failure: Failure) -> None:
-        await _send_part(send, data + writer.fail(failure))
+    async def _refuse(self, failure: Failure, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with a failure, nothing having been sent."""
+        scope["state"]["record"].details["error"] = _code(failure)
+        await error_response(failure, self._endpoint.dialect, scope)(scope, receive, send)
+
+    async def _break_off(
+        self, failure: Failure, writer: Writer, data: bytes, record: Record, send: Send
+    ) -> None:
+        """End a stream with a failure; its status has been sent, so that only these tell of it."""
+        self._metrics.failed_streams.labels(self._endpoint.name, _code(failure)).inc()
+        record.details["error"] = _code(failure)
+        await _send_part(send, data + writer.fail(failure, record.request_id))
         if writer.must_break_off:
             raise StreamBrokenError(failure.message)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -160,8 +173,11 @@ class Answer(Response, Generic[R]):
         match event:
             case Started():
                 self._collector.start(event)
+                self._metrics.note_started(event.reuse)
                 self._preparer.explain(event.reuse)
             case Token():
+                self._collector.count(event)
+                self._metrics.note_token(event)
                 return self._collector.logprobs(event.index, event.logprobs)
             case Finished():
                 self._num_left -= 1
@@ -197,6 +213,11 @@ class Answer(Response, Generic[R]):
             "completion_tokens": usage.completion_tokens,
             "finish": [choice.finish_reason for choice in self._collector.choices],
         }
+
+
+def _code(failure: Failure) -> str:
+    """A failure's name in log and metrics."""
+    return failure.code or str(failure.status)
 
 
 async def _departure(receive: Receive) -> None:

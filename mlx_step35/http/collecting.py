@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from mlx_step35.api.types import Choice, FinishReason, TokenLogprob, Usage
 from mlx_step35.chat.tokenizer import Tokenizer
-from mlx_step35.engine.request import Finished, Logprobs, Request, Started
+from mlx_step35.engine.request import Finished, Logprobs, Request, Started, Token
 
 
 class Collector:
@@ -22,6 +22,8 @@ class Collector:
         self._tokenizer = tokenizer
         self._prompt_tokens = sum(len(candidate.prompt) for candidate in request.candidates[::num_choices])
         self._cached_tokens = 0
+        self._num_tokens = 0
+        self._num_reasoning = 0
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in request.candidates]
         self._finished: list[Finished] = []
         self.choices: list[Choice] = []
@@ -31,9 +33,9 @@ class Collector:
         """Tokens so far; a prompt counts once for all of its choices."""
         return Usage(
             prompt_tokens=self._prompt_tokens,
-            completion_tokens=sum(len(event.tokens) for event in self._finished),
+            completion_tokens=self._num_tokens,
             cached_tokens=self._cached_tokens,
-            reasoning_tokens=sum(event.reasoning_tokens for event in self._finished),
+            reasoning_tokens=self._num_reasoning,
             speculation=self._speculation(),
         )
 
@@ -41,6 +43,11 @@ class Collector:
         """A candidate begins."""
         if event.index % self._num_choices == 0:
             self._cached_tokens += event.reuse.cached_tokens
+
+    def count(self, event: Token) -> None:
+        """A token was taken, also one whose text is held back."""
+        self._num_tokens += 1
+        self._num_reasoning += event.is_reasoning
 
     def logprobs(self, index: int, logprobs: Logprobs | None) -> Sequence[TokenLogprob]:
         """Log-probabilities of one token with names, kept for the whole answer."""

@@ -5,7 +5,8 @@ import logging
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mlx_step35.engine.engine import Engine
-from mlx_step35.engine.request import Finished
+from mlx_step35.engine.request import Finished, Token
+from mlx_step35.engine.session import Reuse
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self._generated = self.tokens.labels("generated")
+        self._reasoning = self.tokens.labels("reasoning")
         self.first_token = Histogram(
             name + "first_token_seconds",
             "Time to the first text, waiting included",
@@ -60,6 +63,12 @@ class Metrics:
         self.unknown_fields = Counter(
             name + "unknown_fields", "Request fields that nobody knows", ["endpoint"], registry=registry
         )
+        self.failed_streams = Counter(
+            name + "failed_streams",
+            "Streams that ended in an error, by its code; their status is 200",
+            ["endpoint", "error"],
+            registry=registry,
+        )
         self.abandoned = Counter(
             name + "abandoned", "Requests whose client left", ["endpoint"], registry=registry
         )
@@ -76,14 +85,20 @@ class Metrics:
         """All figures in Prometheus' format."""
         return generate_latest(self.registry)
 
-    def note_finished(self, event: Finished) -> None:
-        """Add a finished answer."""
-        stats, reuse = event.stats, event.reuse
+    def note_started(self, reuse: Reuse) -> None:
+        """Add a prompt that the model begins to read."""
         self.tokens.labels("prompt").inc(reuse.prompt_tokens)
         self.tokens.labels("cached").inc(reuse.cached_tokens)
-        self.tokens.labels("generated").inc(len(event.tokens))
-        self.tokens.labels("reasoning").inc(event.reasoning_tokens)
         self.reuse.labels(reuse.source, reuse.limited_by).inc()
+
+    def note_token(self, event: Token) -> None:
+        """Add a token; answers that are cut or abandoned have some, too."""
+        self._generated.inc()
+        self._reasoning.inc(event.is_reasoning)
+
+    def note_finished(self, event: Finished) -> None:
+        """Add a finished answer."""
+        stats = event.stats
         self.prefill_s.inc(stats.prompt_s)
         self.decode_s.inc(stats.generation_s)
         self.passes.inc(stats.forward_passes)

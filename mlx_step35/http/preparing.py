@@ -59,17 +59,16 @@ class Preparer:
 
     def prompt(self, request: ChatRequest) -> Prompt:
         """A conversation's prompt. Raises RequestError."""
+        self._check_length(request)
         variables = dict(request.template_variables)
         # The template's own words for "no thinking", whatever the request called it.
         if not request.thinking.is_on:
             variables["enable_thinking"] = False
-        for name in ("messages", "tools", "add_generation_prompt"):
-            variables.pop(name, None)
         tools = () if request.tool_choice.mode == "none" else request.tools
         messages = request.messages
         if not self._defaults.keeps_billing_header:
             messages = without_billing_headers(messages)
-        ids, rendered = self._turns.encode(messages, tools or None, **variables)
+        ids, rendered = self._turns.encode(messages, tools or None, variables=variables)
         return Prompt(ids, rendered.starts_in_reasoning)
 
     def explain(self, reuse: Reuse) -> None:
@@ -97,7 +96,6 @@ class Preparer:
 
     def chat(self, request: ChatRequest, call_prefix: str, client: str) -> Request:
         """A chat for the engine; ids of calls start with `call_prefix`. Raises RequestError."""
-        self._check_length(request)
         prompt = self.prompt(request)
         max_tokens = self._max_tokens(request, len(prompt.ids))
         tools = () if request.tool_choice.mode == "none" else request.tools
@@ -153,7 +151,9 @@ class Preparer:
         if length > self._context_length * MIN_LONGEST_TOKEN:
             num_tokens = -(-length // self._longest_token)
             if num_tokens >= self._context_length:
-                raise PromptTooLongError(num_tokens, self._context_length - 1)
+                error = PromptTooLongError(num_tokens, self._context_length - 1)
+                error.field = "messages"
+                raise error
 
     @cached_property
     def _longest_token(self) -> int:

@@ -1,6 +1,7 @@
 """Access, limits, load and faults over a real socket."""
 
 import concurrent.futures
+import contextlib
 import json
 import socket
 import threading
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from anthropic.types import ErrorResponse, GatewayTimeoutError
 from fastapi.testclient import TestClient
 
 from mlx_step35.engine.engine import Engine
@@ -35,6 +37,9 @@ def test_foreign_hosts_and_web_pages_are_refused(server: Running) -> None:
     for headers in ({"host": "evil.example"}, {"origin": "https://evil.example"}, {"origin": "null"}):
         for path in (CHAT, "/health"):
             assert server.client.request("GET", path, headers=headers).status_code == 403
+    for headers in ({"origin": "http://["}, {"origin": "http://[::1"}, {"host": "[::1"}, {"host": "[::1]x"}):
+        for path in (CHAT, MESSAGES, "/health"):
+            assert server.client.request("GET", path, headers=headers).status_code == 403
     for host in ("localhost:1", "127.0.0.1", "[::1]:8080", "app.localhost"):
         assert server.get("/health", headers={"host": host}).status_code == 200
     answer = server.post(CHAT, chat_body("hi"), headers={"origin": "http://localhost:3000"})
@@ -47,6 +52,19 @@ def test_a_page_that_is_allowed_gets_its_preflight() -> None:
         answer = httpx.options(server.base + CHAT, headers=headers, verify=False)
         assert answer.status_code == 204
         assert answer.headers["access-control-allow-origin"] == "https://ui.example"
+        assert "access-control-allow-private-network" not in answer.headers
+        headers["access-control-request-private-network"] = "true"
+        answer = httpx.options(server.base + CHAT, headers=headers, verify=False)
+        assert answer.headers["access-control-allow-private-network"] == "true"
+        answer = server.post(CHAT, {}, headers={"origin": "https://ui.example"})
+        exposed = answer.headers["access-control-expose-headers"].split(", ")
+        assert {"retry-after", "request-id"} <= set(exposed)
+
+
+def test_what_can_be_read_can_be_probed(server: Running) -> None:
+    for path in ("/", "/health", "/metrics", "/v1/models", f"/v1/models/{MODEL}"):
+        answer = server.client.head(path)
+        assert answer.status_code == 200 and not answer.content
 
 
 def test_beyond_loopback_the_key_is_enough() -> None:
@@ -142,7 +160,10 @@ def test_requests_past_the_queue_are_told_to_come_back() -> None:
 def test_a_request_that_takes_too_long_ends() -> None:
     with running(request_timeout_s=0.5) as server:
         answer = server.post(CHAT, chat_body("[slow 60]"))
-        assert answer.status_code == 504
+        assert answer.status_code == 504 and answer.json()["error"]["type"] == "server_error"
+        answer = server.post(MESSAGES, {**chat_body("[slow 60]"), "max_tokens": 9})
+        error = ErrorResponse.model_validate(answer.json()).error
+        assert answer.status_code == 504 and isinstance(error, GatewayTimeoutError)
         body = {
             "model": MODEL,
             "max_tokens": 9,
@@ -215,6 +236,58 @@ def test_log_lines_hold_neither_prompts_nor_keys(server: Running, caplog: pytest
     asked = [line for line in lines if line["path"] == CHAT]
     assert len(asked) == 2 and asked[0]["completion_tokens"] > 0
     assert "secret" not in caplog.text and KEY not in caplog.text
+
+
+def metric(server: Running, name: str) -> float:
+    lines = server.get("/metrics").text.splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(f"mlx_step35_{name} ")), 0.0)
+
+
+def last_line(caplog: pytest.LogCaptureFixture, path: str) -> Any:
+    """The newest line of the access log about a path, which may be written a little after the answer."""
+    for _ in range(100):
+        texts = [record.getMessage() for record in caplog.records if record.name == "mlx_step35.access"]
+        found = [line for line in map(json.loads, texts) if line["path"] == path]
+        if found:
+            return found[-1]
+        time.sleep(0.02)
+    raise AssertionError(f"no line about {path}")
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
+def test_a_stream_that_fails_is_no_success(
+    server: Running, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = {CHAT: "chat", MESSAGES: "messages", RESPONSES: "responses"}[path]
+    counter = f'failed_streams_total{{endpoint="{name}",error="internal_error"}}'
+    failed, generated = metric(server, counter), metric(server, 'tokens_total{kind="generated"}')
+    body = {"model": MODEL, "input": "[fail]"} if path == RESPONSES else chat_body("[fail]")
+    if path == MESSAGES:
+        body["max_tokens"] = 50
+    with caplog.at_level("INFO"):
+        stream = server.client.stream("POST", path, json={**body, "stream": True})
+        with stream as answer, contextlib.suppress(httpx.RemoteProtocolError):
+            answer.read()
+        line = last_line(caplog, path)
+    # The script gives five tokens before it fails.
+    assert line["error"] == "internal_error" and line["completion_tokens"] == 5 and not line["finish"]
+    assert metric(server, counter) == failed + 1
+    assert metric(server, 'tokens_total{kind="generated"}') == generated + 5
+
+
+def test_tokens_of_abandoned_answers_count(caplog: pytest.LogCaptureFixture) -> None:
+    with running(token_s=0.01) as server, caplog.at_level("INFO"):
+        body = {**chat_body("[long 100000]"), "stream": True}
+        with server.client.stream("POST", CHAT, json=body) as answer:
+            lines = answer.iter_lines()
+            for _ in range(60):
+                next(lines)
+        line = last_line(caplog, CHAT)
+        assert line["abandoned"] and line["completion_tokens"] > 10 and line["prompt_tokens"] > 0
+        counted = metric(server, 'tokens_total{kind="generated"}')
+        assert line["completion_tokens"] == counted
+        assert 0 < metric(server, 'tokens_total{kind="reasoning"}') < counted
+        assert metric(server, 'tokens_total{kind="prompt"}') == line["prompt_tokens"]
 
 
 def test_unseen_thinking_is_no_silence() -> None:

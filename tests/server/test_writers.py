@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from anthropic.types import ErrorResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,11 +127,15 @@ def test_input_tokens_add_up_in_anthropics_usage() -> None:
 
 def test_failures_speak_the_dialect_of_the_stream() -> None:
     failure = Failure(500, "broken")
-    assert data_of(openai_answers.ChatWriter(IDENTITY).fail(failure))[0]["error"]["message"] == "broken"
+    assert (
+        data_of(openai_answers.ChatWriter(IDENTITY).fail(failure, "req_1"))[0]["error"]["message"] == "broken"
+    )
     writer = anthropic_answers.MessageWriter(IDENTITY, shows_thinking=True)
-    assert writer.fail(failure).startswith(b"event: error\n") and not writer.must_break_off
+    last = writer.fail(failure, "req_1")
+    assert last.startswith(b"event: error\n") and not writer.must_break_off
+    assert ErrorResponse.model_validate(data_of(last)[0]).request_id == "req_1"
     response = responses_answers.ResponseWriter(IDENTITY, parse_chat(chat_body("hi")))
-    assert data_of(response.fail(failure))[0]["response"]["error"]["message"] == "broken"
+    assert data_of(response.fail(failure, "req_1"))[0]["response"]["error"]["message"] == "broken"
 
 
 @pytest.mark.parametrize(("status", "dialect", "expected"), [(503, "openai", 503), (503, "anthropic", 529)])
