@@ -91,7 +91,7 @@ class TurnMemory:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> tuple[list[int], Rendered]:
         """Ids of a conversation with own turns replayed, and its plain rendering.
 
@@ -99,10 +99,10 @@ class TurnMemory:
         """
         normalized = normalize_messages(messages)
         found = self._candidates(normalized)
-        rendered = self._template.render(normalized, tools, add_generation_prompt, **variables)
+        rendered = self._template.render(normalized, tools, add_generation_prompt, variables)
         while found:
             marks = _Marks(found)
-            marked = self._template.render(marks.apply(normalized), tools, add_generation_prompt, **variables)
+            marked = self._template.render(marks.apply(normalized), tools, add_generation_prompt, variables)
             ids, failed = self._splice(marked, marks)
             if failed is None:
                 self.num_replayed += len(found)

@@ -9,9 +9,11 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from mlx_step35.chat.reading import clean
+from mlx_step35.errors import RequestError
 
 THINK_PROMPT = "<think>\n"
 
@@ -60,7 +62,13 @@ class Marker:
         if any(controls.concern(text) for text in texts):
             used = set(source).union(*map(set, texts))
             free = (chr(code) for code in _PRIVATE_CHARACTERS if chr(code) not in used)
-            self._behind, self._before, self._edge = next(free), next(free), next(free)
+            marks = list(islice(free, 3))
+            if len(marks) < 3:
+                raise RequestError(
+                    "the messages use every private-use character, so control strings cannot be told apart",
+                    "messages",
+                )
+            self._behind, self._before, self._edge = marks
             self._marks = re.compile(f"[{self._behind}{self._before}{self._edge}]")
             self._is_needed = True
 
@@ -143,7 +151,7 @@ class Controls:
         return any(text[:length] in self._ends for length in range(1, min(self._longest, len(text) + 1)))
 
 
-# Private-use characters of the basic plane, then of the last plane: no text uses all of them.
+# Private-use characters of the basic plane, then of the last plane: hardly a text uses all of them.
 _PRIVATE_CHARACTERS = (*range(0xE000, 0xF900), *range(0x100000, 0x10FFFE))
 
 

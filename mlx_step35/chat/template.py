@@ -30,14 +30,13 @@ CLOSED_THINKING = "\n</think>\n"
 # What a template can do wrong with a conversation, besides raising by itself.
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 
-# What a caller's own variables for the template may not be called.
-RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
+TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def check_options(options: Mapping[str, Any], name: str) -> None:
     """Raises RequestError when variables for the template, given as `name`, take the place of its own."""
     for taken in sorted(RESERVED & options.keys()):
-        raise RequestError(f"{name} cannot set '{taken}'", field=name)
+        raise RequestError(f"{name} cannot set '{taken}'", field=f"{name}.{taken}")
 
 
 class ChatTemplate:
@@ -80,15 +79,17 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **kwargs: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> Rendered:
-        """The conversation as text.
+        """The conversation as text; `variables` are the caller's own for the template.
 
-        `enable_thinking=False` or `reasoning_effort="none"` gives an empty thinking block where the template
-        has no switch of its own. Raises RequestError for messages that cannot be rendered.
+        `enable_thinking` False or `reasoning_effort` "none" among them gives an empty thinking block where
+        the template has no switch of its own. Raises RequestError for messages that cannot be rendered, and
+        for variables that would take the place of the template's own.
         """
+        check_options(variables or {}, "chat_template_kwargs")
         normalized = normalize_messages(messages)
-        variables = {name: value for name, value in kwargs.items() if value is not None}
+        variables = {name: value for name, value in (variables or {}).items() if value is not None}
         is_thinking = _is_thinking(variables)
         supplied = Marker(self._controls, [normalized, list(tools or ()), variables], self.source)
         context: dict[str, Any] = {
@@ -181,7 +182,7 @@ def _configured_template(settings: Mapping[str, Any], directory: Path) -> str:
 def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """Special tokens under the names templates use."""
     tokens: dict[str, str] = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for name in TOKEN_NAMES:
         token = settings.get(name)
         if isinstance(token, Mapping):
             token = token.get("content")
@@ -197,3 +198,10 @@ def _control_strings(directory: Path, settings: Mapping[str, Any]) -> list[str]:
     listed = read_json(directory / "tokenizer.json").get("added_tokens", ())
     strings += [entry["content"] for entry in listed if isinstance(entry, Mapping)]
     return [string for string in dict.fromkeys(strings) if string]
+
+
+# What a caller's own variables for the template may not be called: its context, its functions, jinja's words.
+RESERVED = frozenset(
+    {"messages", "tools", "add_generation_prompt", *TOKEN_NAMES, *_environment().globals}
+    | {"self", "super", "caller"}
+)

@@ -145,14 +145,12 @@ class _TokenizersBackend:
         return text
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return _ids(self.tokenizer, text)
 
     def encode_text(self, text: str) -> list[int]:
         if not any(control in text for control in self.control_strings):
             return self.encode(text)
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return ids
+        return _ids(self._plain, text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -206,6 +204,12 @@ class _TokenizersBackend:
         definition["model"] = model
         definition["post_processor"] = None
         return tokenizers.Tokenizer.from_str(json.dumps(definition, ensure_ascii=False))
+
+
+def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Ids of one text; other threads go on meanwhile, which the library allows only in a batch."""
+    ids: list[int] = tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+    return ids
 
 
 def _special_id(backend: Backend, token: Any) -> int | None:

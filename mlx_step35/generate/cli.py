@@ -144,7 +144,7 @@ def _prompt_ids(job: Job, path: Path, tokenizer: Tokenizer) -> list[int]:
     messages = [{"role": "user", "content": job.prompt}]
     if job.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": job.system_prompt})
-    rendered = ChatTemplate.from_directory(path).render(messages, **job.template_options)
+    rendered = ChatTemplate.from_directory(path).render(messages, variables=job.template_options)
     return tokenizer.encode_rendered(rendered) + tokenizer.encode(job.prefill_response or "")
 
 

@@ -18,7 +18,7 @@ from mlx_step35.api.sse import to_json
 from mlx_step35.api.types import GenerationRequest
 from mlx_step35.engine import request as engine_request
 from mlx_step35.engine.engine import Engine, OverloadedError
-from mlx_step35.errors import PromptTooLongError, RequestError
+from mlx_step35.errors import PromptTooLongError, RequestError, quoted
 from mlx_step35.http.access import AccessLog
 from mlx_step35.http.answering import Answer
 from mlx_step35.http.body import parse_json, read_body
@@ -133,7 +133,7 @@ class Server:
     async def http_failure(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         method, path = request.method, request.url.path
-        messages = {404: f"there is no {path} here", 405: f"{path} does not take {method}"}
+        messages = {404: f"there is no {quoted(path)} here", 405: f"{quoted(path)} does not take {method}"}
         failure = Failure(error.status_code, messages.get(error.status_code, str(error.detail)))
         return self._refuse(request, failure)
 

@@ -160,7 +160,7 @@ def test_older_turns_lose_their_thinking_as_ever(
 
 def test_without_thinking(memory: TurnMemory, tokenizer: Tokenizer) -> None:
     """Behind an empty thinking block the turn starts with the content."""
-    prompt, _ = memory.encode(QUESTION, TOOLS, enable_thinking=False)
+    prompt, _ = memory.encode(QUESTION, TOOLS, variables={"enable_thinking": False})
     text = "Looking.\n<tool_call>\n<function=get>\n</function>\n</tool_call>"
     sampled = tokenizer.encode(text)
     parsed = parse_output(text, TOOLS, starts_in_reasoning=False)
@@ -168,7 +168,7 @@ def test_without_thinking(memory: TurnMemory, tokenizer: Tokenizer) -> None:
     memory.remember(prompt, sampled, parsed)
     call = {"id": "c", "function": {"name": "get", "arguments": "{}"}}
     message = {"role": "assistant", "content": "Looking.", "tool_calls": [call]}
-    ids, _ = memory.encode([*QUESTION, message, RESULT], TOOLS, enable_thinking=False)
+    ids, _ = memory.encode([*QUESTION, message, RESULT], TOOLS, variables={"enable_thinking": False})
     assert ids[: len(prompt) + len(sampled)] == [*prompt, *sampled]
 
 

@@ -212,10 +212,10 @@ def test_switching_thinking_off(template: ChatTemplate) -> None:
     assert on.starts_in_reasoning
     assert on.text.endswith("<think>\n")
     for switch in ({"enable_thinking": False}, {"reasoning_effort": "none"}):
-        off = template.render([user("q")], **switch)
+        off = template.render([user("q")], variables=switch)
         assert off.text == on.text + "\n</think>\n"
         assert not off.starts_in_reasoning
-    assert template.render([user("q")], reasoning_effort="high").text == on.text
+    assert template.render([user("q")], variables={"reasoning_effort": "high"}).text == on.text
 
 
 def test_a_template_that_knows_the_switch_prints_it_itself() -> None:
@@ -226,10 +226,13 @@ def test_a_template_that_knows_the_switch_prints_it_itself() -> None:
     )
     assert knowing.variables >= {"enable_thinking", "reasoning_effort"}
     assert (
-        knowing.render([user("q")], enable_thinking=False, reasoning_effort="low").text
+        knowing.render([user("q")], variables={"enable_thinking": False, "reasoning_effort": "low"}).text
         == "qlow<think>\noff</think>\n"
     )
-    assert knowing.render([user("q")], reasoning_effort="none").text == "qnone<think>\noff</think>\n"
+    assert (
+        knowing.render([user("q")], variables={"reasoning_effort": "none"}).text
+        == "qnone<think>\noff</think>\n"
+    )
 
 
 def test_conventions_of_transformers() -> None:

@@ -1,10 +1,12 @@
 """Ids and text: exact both ways, whole and streamed, and clear about broken files."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +25,35 @@ TEXTS = [
 def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert stream(tokenizer, tokenizer.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=40) | st.sampled_from([*TEXTS, *PLAIN, *SPECIAL, CORPUS[3]]))
+def test_ids_are_those_of_the_library(model_directory: Path, tokenizer: Tokenizer, text: str) -> None:
+    library = tokenizers.Tokenizer.from_file(str(model_directory / "tokenizer.json"))
+    assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("control", ["", "<|im_end|>"])
+def test_other_threads_go_on_while_a_text_is_tokenised(tokenizer: Tokenizer, control: str) -> None:
+    text = " ".join(f"{number * 7919:x}" for number in range(50_000)) + control
+    tokenizer.encode_text(control)
+    ticks, is_done = [0], threading.Event()
+
+    def tick() -> None:
+        while not is_done.wait(0.001):
+            ticks[0] += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        for encode in (tokenizer.encode, tokenizer.encode_text):
+            before = ticks[0]
+            encode(text)
+            assert ticks[0] - before > 5
+    finally:
+        is_done.set()
+        thread.join()
 
 
 @settings(max_examples=100, deadline=None)
