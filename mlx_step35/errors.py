@@ -9,6 +9,8 @@ Step35Error
     └── PromptTooLongError
 """
 
+_MAX_QUOTED = 100
+
 
 class Step35Error(Exception):
     """Base of every error the package raises on purpose."""
@@ -51,3 +53,9 @@ class PromptTooLongError(RequestError):
         super().__init__(message, field="prompt", code="context_length_exceeded")
         self.num_tokens = num_tokens
         self.limit = limit
+
+
+def quoted(text: object) -> str:
+    """Something of the caller's for a message, which must not become as long as he likes."""
+    shown = repr(text[:_MAX_QUOTED] if isinstance(text, str) else text)
+    return shown if len(shown) <= _MAX_QUOTED else f"{shown[:_MAX_QUOTED]}..."

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlx_step35.errors import PromptTooLongError, RequestError
+from mlx_step35.errors import PromptTooLongError, RequestError, quoted
 
 Dialect = Literal["openai", "anthropic"]
 
 RETRY_AFTER_S = 5
+# Templates and schema compilers quote what they dislike, and the path of a field may hold its name.
+MAX_MESSAGE = 1000
+MAX_FIELD = 200
 
 _OPENAI_TYPES = {
     401: "authentication_error",
@@ -49,14 +52,14 @@ class Failure:
 
     def body(self, dialect: Dialect, request_id: str = "") -> dict[str, Any]:
         """The JSON body."""
+        message = _cut(self.message, MAX_MESSAGE)
         if dialect == "anthropic":
             kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
-            error = {"type": kind, "message": self.message}
+            error = {"type": kind, "message": message}
             return {"type": "error", "error": error, "request_id": request_id}
         kind = _OPENAI_TYPES.get(self.status, "invalid_request_error")
-        return {
-            "error": {"message": self.message, "type": kind, "param": self.field, "code": self.code},
-        }
+        field = self.field and _cut(self.field, MAX_FIELD)
+        return {"error": {"message": message, "type": kind, "param": field, "code": self.code}}
 
 
 class FailureError(Exception):
@@ -90,4 +93,8 @@ def overload(reason: str) -> Failure:
 
 
 def unknown_model(name: str) -> Failure:
-    return Failure(404, f"model: there is no model named {name!r} here", "model", "model_not_found")
+    return Failure(404, f"model: there is no model named {quoted(name)} here", "model", "model_not_found")
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."

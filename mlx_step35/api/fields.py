@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlx_step35.errors import RequestError
+from mlx_step35.errors import RequestError, quoted
 
 
 class Fields:
@@ -85,7 +85,7 @@ class Fields:
     def choice(self, name: str, options: Sequence[str]) -> str | None:
         value = self.text(name)
         if value is not None and value not in options:
-            raise self.refuse(name, f"must be one of {', '.join(options)}, not {value!r}")
+            raise self.refuse(name, f"must be one of {', '.join(options)}, not {quoted(value)}")
         return value
 
     def items(self, name: str) -> list[Any]:

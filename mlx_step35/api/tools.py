@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_step35.api.fields import Fields
 from mlx_step35.api.types import ToolChoice
-from mlx_step35.errors import RequestError
+from mlx_step35.errors import RequestError, quoted
 
 Tool = Mapping[str, Any]
 
@@ -46,7 +46,7 @@ def check_choice(choice: ToolChoice, tools: Sequence[Tool], field: str) -> ToolC
         raise RequestError(f"{field}: there are no tools to call", field, "invalid_value")
     names = [tool["function"]["name"] for tool in tools]
     if choice.mode == "named" and choice.name not in names:
-        raise RequestError(f"{field}: there is no tool named {choice.name!r}", field, "invalid_value")
+        raise RequestError(f"{field}: there is no tool named {quoted(choice.name)}", field, "invalid_value")
     return choice
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_step35.errors import RequestError
+from mlx_step35.errors import RequestError, quoted
 
 Message = dict[str, Any]
 
@@ -53,7 +53,7 @@ def _message(message: Mapping[str, Any], path: str) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(sorted(ROLES))
         raise RequestError(
-            f"{path}.role must be one of {known}, not {role!r}", f"{path}.role", "invalid_value"
+            f"{path}.role must be one of {known}, not {quoted(role)}", f"{path}.role", "invalid_value"
         )
     if message.get("function_call") is not None:
         raise RequestError(
@@ -158,10 +158,10 @@ def _part(part: Any, path: str, *, is_result: bool) -> str:
         # A refusal here would come back with every later request: the history keeps the part.
         return f"[{MEDIA_PARTS.get(kind, kind)} omitted]"
     if kind in MEDIA_PARTS:
-        message = f"{path} is of type {kind!r}; this model reads text only, no {MEDIA_PARTS[kind]}"
+        message = f"{path} is of type {quoted(kind)}; this model reads text only, no {MEDIA_PARTS[kind]}"
         raise RequestError(message, path, "unsupported_content_type")
     raise RequestError(
-        f"{path} is of type {kind!r}, which is not supported", path, "unsupported_content_type"
+        f"{path} is of type {quoted(kind)}, which is not supported", path, "unsupported_content_type"
     )
 
 
