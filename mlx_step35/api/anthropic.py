@@ -6,10 +6,11 @@ from typing import Any
 from mlx_step35.api import tables
 from mlx_step35.api.fields import Fields
 from mlx_step35.api.history import readable_arguments
+from mlx_step35.api.sampling import read_sampling
 from mlx_step35.api.tools import Tool, check_choice, read_schema, read_tool, strict_names, without_duplicates
-from mlx_step35.api.types import ChatRequest, Message, Sampling, Thinking, ToolChoice
+from mlx_step35.api.types import ChatRequest, Message, Thinking, ToolChoice
 from mlx_step35.chat.messages import MEDIA_PARTS, normalize_messages
-from mlx_step35.errors import RequestError
+from mlx_step35.errors import RequestError, quoted
 
 _ROLES = ("user", "assistant", "system")
 _TEXT_BLOCKS = ("text", "input_text")
@@ -26,7 +27,8 @@ def parse_messages(body: Mapping[str, Any], *, needs_max_tokens: bool = True) ->
     max_tokens = fields.integer("max_tokens", 1)
     if needs_max_tokens:
         fields.require("max_tokens")
-    messages = normalize_messages([*_system(fields), *_messages(fields)])
+    left_out: list[str] = []
+    messages = normalize_messages([*_system(fields), *_messages(fields, left_out)])
     tools = _tools(fields)
     choice, has_parallel_calls = _tool_choice(fields)
     return ChatRequest(
@@ -38,16 +40,13 @@ def parse_messages(body: Mapping[str, Any], *, needs_max_tokens: bool = True) ->
         has_parallel_calls=has_parallel_calls,
         schema=_schema(fields),
         thinking=_thinking(fields),
-        sampling=Sampling(
-            temperature=fields.number("temperature", 0, 2),
-            top_p=fields.number("top_p", 0, 1),
-            top_k=fields.integer("top_k", 0),
-        ),
+        template_variables=_template_variables(fields),
+        sampling=read_sampling(fields),
         stop=fields.texts("stop_sequences"),
         max_tokens=max_tokens,
         is_stream=fields.flag("stream"),
         includes_usage=True,
-        unknown_fields=unknown,
+        unknown_fields=(*unknown, *dict.fromkeys(left_out)),
     )
 
 
@@ -64,7 +63,8 @@ def _system(fields: Fields) -> list[Message]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _messages(fields: Fields) -> list[Message]:
+def _messages(fields: Fields, left_out: list[str]) -> list[Message]:
+    """The messages; what has no place in them is added to `left_out`."""
     fields.require("messages")
     if not fields.items("messages"):
         raise fields.refuse("messages", "at least one message is required", "empty_array")
@@ -79,17 +79,19 @@ def _messages(fields: Fields) -> list[Message]:
         if not isinstance(content, list):
             raise entry.refuse("content", "must be a string or a list of blocks", "invalid_type")
         blocks = list(entry.objects("content"))
-        messages += [_assistant(blocks)] if role == "assistant" else _supplied(str(role), blocks)
+        messages += [_assistant(blocks, left_out)] if role == "assistant" else _supplied(str(role), blocks)
     return messages
 
 
-def _assistant(blocks: list[Fields]) -> Message:
+def _assistant(blocks: list[Fields], left_out: list[str]) -> Message:
     """An assistant's turn; kinds of blocks that only Anthropic's own tools make are left out."""
     text, thoughts, calls = "", "", []
     for block in blocks:
         kind = block.required_text("type")
         if kind in _TEXT_BLOCKS:
             text += block.required_text("text")
+        elif kind == "redacted_thinking":
+            pass  # Nobody but Anthropic's own servers can read it.
         elif kind == "thinking":
             thoughts += block.text("thinking") or ""
         elif kind == "tool_use":
@@ -100,6 +102,8 @@ def _assistant(blocks: list[Fields]) -> Message:
             calls.append({"id": block.text("id"), "type": "function", "function": function})
         elif kind in MEDIA_PARTS:
             raise _unreadable(block, kind)
+        else:
+            left_out.append(f"messages[].content[].{kind}")
     message: Message = {"role": "assistant", "content": text, "reasoning_content": thoughts}
     return {**message, "tool_calls": calls} if calls else message
 
@@ -141,11 +145,19 @@ def _result_part(part: Fields) -> str:
     kind = part.required_text("type")
     if kind in _TEXT_BLOCKS:
         return part.required_text("text")
+    if kind == "tool_reference":
+        # The result of a search for tools. All of them are in the prompt; this says which one was found.
+        return f"[tool found: {part.required_text('tool_name')}]"
+    if kind == "search_result" and isinstance(part.raw("content"), list):
+        return "".join(_result_part(inner) for inner in part.objects("content"))
+    source = part.raw("source")
+    if kind == "document" and isinstance(source, Mapping) and source.get("type") == "text":
+        return part.object("source").required_text("data")
     return f"[{MEDIA_PARTS.get(kind, kind)} omitted]"
 
 
 def _unreadable(block: Fields, kind: str) -> RequestError:
-    message = f"{block.path}: blocks of type {kind!r} are not supported; this model reads text only"
+    message = f"{block.path}: blocks of type {quoted(kind)} are not supported; this model reads text only"
     return RequestError(message, block.path, "unsupported_content_type")
 
 
@@ -154,7 +166,7 @@ def _tools(fields: Fields) -> tuple[Tool, ...]:
     for entry in fields.objects("tools"):
         kind = entry.text("type")
         if kind not in (None, "custom"):
-            raise entry.refuse("type", f"Anthropic's own tool {kind!r} is not available here")
+            raise entry.refuse("type", f"Anthropic's own tool {quoted(kind)} is not available here")
         entry.required_text("name")
         entry.require("input_schema")
         tools.append(read_tool(entry, "input_schema"))
@@ -188,6 +200,12 @@ def _thinking(fields: Fields) -> Thinking:
     if kind == "disabled":
         return Thinking(is_on=False, is_shown=False)
     return Thinking(budget=thinking.integer("budget_tokens", 1) if kind == "enabled" else None)
+
+
+def _template_variables(fields: Fields) -> dict[str, Any]:
+    config = fields.optional_object("output_config")
+    effort = config.text("effort") if config else None
+    return {"reasoning_effort": effort} if effort else {}
 
 
 def _schema(fields: Fields) -> Mapping[str, Any] | None:

@@ -6,18 +6,17 @@ from typing import Any
 from mlx_step35.api import tables
 from mlx_step35.api.fields import Fields
 from mlx_step35.api.history import on_its_own_line, readable_arguments, split_thoughts
+from mlx_step35.api.sampling import read_sampling, read_stop
 from mlx_step35.api.tools import Tool, check_choice, read_schema, read_tool, strict_names, without_duplicates
-from mlx_step35.api.types import ChatRequest, CompletionRequest, Message, Sampling, Thinking, ToolChoice
+from mlx_step35.api.types import ChatRequest, CompletionRequest, Message, Thinking, ToolChoice
 from mlx_step35.chat.messages import normalize_messages
 from mlx_step35.chat.template import check_options
 from mlx_step35.errors import RequestError
 
-MAX_STOP = 4
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
 MAX_PROMPTS = 64
-MAX_SEED = 2**63
 
 
 def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
@@ -28,10 +27,8 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     messages = read_messages(fields)
     tools = _tools(fields)
     choice = check_choice(_tool_choice(fields), tools, "tool_choice")
-    variables = fields.optional_object("chat_template_kwargs")
-    if variables:
-        check_options(variables.values, "chat_template_kwargs")
     effort = fields.text("reasoning_effort")
+    variables = _template_variables(fields, effort)
     stream_options = fields.optional_object("stream_options")
     return ChatRequest(
         model=model,
@@ -42,12 +39,9 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
         has_parallel_calls=fields.flag("parallel_tool_calls", True),
         schema=read_schema(fields.optional_object("response_format"), is_nested=True),
         thinking=_thinking(fields, effort, variables),
-        template_variables={
-            **(variables.values if variables else {}),
-            **({"reasoning_effort": effort} if effort else {}),
-        },
+        template_variables=variables,
         sampling=read_sampling(fields),
-        stop=_stop(fields),
+        stop=read_stop(fields),
         max_tokens=_max_tokens(fields),
         num_choices=_num_choices(fields),
         is_stream=fields.flag("stream"),
@@ -72,8 +66,8 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
         prompts=_prompts(fields),
         echoes_prompt=echoes,
         sampling=read_sampling(fields),
-        stop=_stop(fields),
-        max_tokens=fields.integer("max_tokens", 1) or 16,
+        stop=read_stop(fields),
+        max_tokens=_max_tokens(fields) or 16,
         num_choices=_num_choices(fields),
         is_stream=fields.flag("stream"),
         includes_usage=bool(stream_options and stream_options.flag("include_usage")),
@@ -88,21 +82,6 @@ def read_messages(fields: Fields) -> Sequence[Message]:
     if not isinstance(values, list):
         raise fields.refuse("messages", "must be a list", "invalid_type")
     return normalize_messages([_message(value) for value in values])
-
-
-def read_sampling(fields: Fields) -> Sampling:
-    """Sampling parameters; absent ones stay None."""
-    return Sampling(
-        temperature=fields.number("temperature", 0, 2),
-        top_p=fields.number("top_p", 0, 1),
-        top_k=fields.integer("top_k", 0),
-        min_p=fields.number("min_p", 0, 1),
-        repetition_penalty=fields.number("repetition_penalty", 0.01, 10),
-        presence_penalty=fields.number("presence_penalty", -2, 2),
-        frequency_penalty=fields.number("frequency_penalty", -2, 2),
-        logit_bias=_logit_bias(fields),
-        seed=fields.integer("seed", -MAX_SEED, MAX_SEED - 1),
-    )
 
 
 def _message(value: Any) -> Any:
@@ -152,31 +131,25 @@ def _tool_choice(fields: Fields) -> ToolChoice:
     raise fields.refuse("tool_choice", "must be none, auto, required or a function")
 
 
-def _thinking(fields: Fields, effort: str | None, variables: Fields | None) -> Thinking:
-    is_on = effort != "none" and not (variables and variables.raw("enable_thinking") is False)
-    return Thinking(is_on=is_on, budget=fields.integer("max_thinking_tokens", 1))
+def _thinking(fields: Fields, effort: str | None, variables: Mapping[str, Any]) -> Thinking:
+    """Several servers' ways to ask for no thinking; one is enough."""
+    thinking = fields.optional_object("thinking")
+    kind = thinking.choice("type", ("enabled", "adaptive", "auto", "disabled")) if thinking else None
+    is_on = effort != "none" and kind != "disabled" and variables.get("enable_thinking") is not False
+    budget = fields.integer("max_thinking_tokens", 1)
+    if budget is None and thinking and kind == "enabled":
+        budget = thinking.integer("budget_tokens", 1)
+    return Thinking(is_on=is_on, budget=budget)
 
 
-def _logit_bias(fields: Fields) -> dict[int, float]:
-    bias = fields.optional_object("logit_bias")
-    if bias is None:
-        return {}
-    result = {}
-    for key in bias.values:
-        if not key.isascii() or not key.isdecimal() or len(key) > 9:
-            raise fields.refuse("logit_bias", f"keys must be token ids, not {key[:40]!r}")
-        value = bias.number(key, -100, 100)
-        if value is None:
-            raise bias.refuse(key, "must be a number", "invalid_type")
-        result[int(key)] = value
-    return result
-
-
-def _stop(fields: Fields) -> tuple[str, ...]:
-    value = fields.raw("stop")
-    if isinstance(value, str):
-        fields = Fields({"stop": [value]}, fields.path)
-    return fields.texts("stop", MAX_STOP)
+def _template_variables(fields: Fields, effort: str | None) -> dict[str, Any]:
+    """What the caller has to say to the template; what stands in its own object goes first."""
+    given = fields.optional_object("chat_template_kwargs")
+    if given:
+        check_options(given.values, "chat_template_kwargs")
+    enabled = {"enable_thinking": fields.flag("enable_thinking")} if "enable_thinking" in fields else {}
+    asked = {"reasoning_effort": effort} if effort else {}
+    return {**enabled, **(given.values if given else {}), **asked}
 
 
 def _max_tokens(fields: Fields) -> int | None:

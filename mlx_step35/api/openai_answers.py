@@ -1,5 +1,6 @@
 """Answers in OpenAI's dialect: chat completions and legacy completions, whole and streamed."""
 
+import codecs
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def text_completion(
     entries = []
     for index, choice in enumerate(choices):
         text = (echoes[index] if echoes else "") + (choice.output.content or "")
-        logprobs = _text_logprobs(choice.logprobs)
+        logprobs = _text_logprobs(choice.logprobs, _Offset())
         entries.append(
             {"text": text, "index": index, "logprobs": logprobs, "finish_reason": choice.finish_reason}
         )
@@ -131,6 +132,7 @@ class CompletionWriter:
         self._identity = identity
         self._echoes = echoes
         self._includes_usage = includes_usage
+        self._offsets: dict[int, _Offset] = {}
 
     def start(self, usage: Usage) -> bytes:
         if not self._echoes:
@@ -157,7 +159,7 @@ class CompletionWriter:
     def _chunk(
         self, index: int, text: str, logprobs: Sequence[TokenLogprob] = (), finish_reason: str | None = None
     ) -> bytes:
-        shown = _text_logprobs(logprobs)
+        shown = _text_logprobs(logprobs, self._offsets.setdefault(index, _Offset()))
         return self._event(
             [{"text": text, "index": index, "logprobs": shown, "finish_reason": finish_reason}]
         )
@@ -223,23 +225,40 @@ def _chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     return {"content": content, "refusal": None}
 
 
-def _token(token: str, logprob: float) -> dict[str, Any]:
-    encoded = token.encode("utf-8", "replace")
-    return {"token": token, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(encoded)}
+def _token(token: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": _name(token), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(token)}
 
 
-def _text_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+def _name(token: bytes) -> str:
+    """A token's text; parts of characters, which have none, are told apart by their bytes."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+class _Offset:
+    """The length of a text that grows token by token."""
+
+    def __init__(self) -> None:
+        self._length = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def take(self, token: bytes) -> int:
+        """Where the token begins: inside a character, where that one does."""
+        start = self._length
+        self._length += len(self._decoder.decode(token))
+        return start
+
+
+def _text_logprobs(logprobs: Sequence[TokenLogprob], offset: _Offset) -> dict[str, Any] | None:
     if not logprobs:
         return None
-    offsets, length = [], 0
-    for one in logprobs:
-        offsets.append(length)
-        length += len(one.token)
     return {
-        "tokens": [one.token for one in logprobs],
+        "tokens": [_name(one.token) for one in logprobs],
         "token_logprobs": [max(one.logprob, MIN_LOGPROB) for one in logprobs],
         "top_logprobs": [
-            {token: max(logprob, MIN_LOGPROB) for token, logprob in one.top} for one in logprobs
+            {_name(token): max(logprob, MIN_LOGPROB) for token, logprob in one.top} for one in logprobs
         ],
-        "text_offset": offsets,
+        "text_offset": [offset.take(one.token) for one in logprobs],
     }

@@ -47,8 +47,11 @@ class ResponseWriter:
         return b"".join(self._write(delta) for delta in deltas)
 
     def finish(self, index: int, choice: Choice) -> bytes:
-        done = self._end_item()
-        if choice.finish_reason == "length":
+        # A response without any item is more than clients expect.
+        begin = b"" if self.response["output"] else self._enter("message")
+        is_cut = choice.finish_reason == "length"
+        done = begin + self._end_item("incomplete" if is_cut else "completed")
+        if is_cut:
             self.response["status"] = "incomplete"
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
@@ -116,11 +119,12 @@ class ResponseWriter:
         self._item["content"][0]["text"] += text
         return self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=[])
 
-    def _end_item(self) -> bytes:
+    def _end_item(self, status: str = "completed") -> bytes:
         item = self._item
         if item is None:
             return b""
-        item["status"] = "completed"
+        # A call is not announced before it is whole.
+        item["status"] = "completed" if item["type"] == "function_call" else status
         if item["type"] == "reasoning":
             part = item["summary"][0]
             end = self._item_event(
@@ -155,10 +159,6 @@ class ResponseWriter:
 def _response(identity: Identity, request: ChatRequest) -> dict[str, Any]:
     """A response at its start; what was asked for is repeated in it."""
     sampling = request.sampling
-    if request.schema is None:
-        text_format: dict[str, Any] = {"type": "text"}
-    else:
-        text_format = {"type": "json_schema", "name": "answer", "schema": dict(request.schema)}
     choice = request.tool_choice
     named = {"type": "function", "name": choice.name}
     return {
@@ -169,22 +169,19 @@ def _response(identity: Identity, request: ChatRequest) -> dict[str, Any]:
         "background": False,
         "error": None,
         "incomplete_details": None,
-        "instructions": None,
         "max_output_tokens": request.max_tokens,
-        "metadata": {},
         "model": identity.model,
         "output": [],
         "parallel_tool_calls": request.has_parallel_calls,
         "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None},
         "store": False,
         "temperature": sampling.temperature,
-        "text": {"format": text_format},
         "tool_choice": named if choice.mode == "named" else choice.mode,
         "tools": [_named(tool) for tool in request.tools],
         "top_p": sampling.top_p,
         "truncation": "disabled",
         "usage": None,
+        **request.repeated,
     }
 
 
@@ -206,12 +203,12 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 def _deltas(output: ParsedOutput) -> list[Delta]:
-    """A finished answer as if it had been streamed; an answer without calls has a text, if an empty one."""
+    """A finished answer as if it had been streamed."""
     deltas: list[Delta] = []
     if output.reasoning:
         deltas.append(ReasoningDelta(output.reasoning))
-    if output.content or not output.tool_calls:
-        deltas.append(ContentDelta(output.content or ""))
+    if output.content:
+        deltas.append(ContentDelta(output.content))
     for index, call in enumerate(output.tool_calls):
         deltas += [ToolCallStart(index, call.id, call.name), ToolCallArguments(index, call.arguments)]
     return deltas

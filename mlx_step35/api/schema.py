@@ -79,6 +79,8 @@ _CHAT = _object(
     max_completion_tokens=_integer(1),
     max_thinking_tokens=_integer(1),
     reasoning_effort=_STRING,
+    enable_thinking=_FLAG,
+    thinking=_object((), type={"enum": ["enabled", "adaptive", "auto", "disabled"]}),
     chat_template_kwargs=_OBJECT,
     **_SAMPLING,
     **_STREAMING,
@@ -92,6 +94,7 @@ _COMPLETION = _object(
     n=_integer(1, 16),
     stop={"oneOf": [_STRING, _list(_STRING)]},
     max_tokens=_integer(1),
+    max_completion_tokens=_integer(1),
     **_SAMPLING,
     **_STREAMING,
 )
@@ -126,10 +129,10 @@ _MESSAGES = _object(
     max_tokens=_integer(1),
     stop_sequences=_list(_STRING),
     stream=_FLAG,
-    temperature=_number(0, 2),
-    top_p=_number(0, 1),
-    top_k=_integer(0),
-    output_config=_object((), format=_object(("type",), type={"enum": ["json_schema"]}, schema=_OBJECT)),
+    **_SAMPLING,
+    output_config=_object(
+        (), effort=_STRING, format=_object(("type",), type={"enum": ["json_schema"]}, schema=_OBJECT)
+    ),
 )
 _RESPONSE = _object(
     ("model", "input"),
@@ -159,9 +162,10 @@ _RESPONSE = _object(
     max_output_tokens=_integer(1),
     reasoning=_object((), effort=_STRING),
     text=_object((), format=_object(("type",), type=_STRING, schema=_OBJECT)),
+    metadata=_OBJECT,
+    stop={"oneOf": [_STRING, _list(_STRING)]},
     stream=_FLAG,
-    temperature=_number(0, 2),
-    top_p=_number(0, 1),
+    **_SAMPLING,
 )
 
 

@@ -1,10 +1,11 @@
 """Every field of every endpoint in one of three tables: served, ignored though known, refused by name.
 
-A field in none of them is ignored too, but reported, so that it can be logged and counted: clients send many.
+What one endpoint serves and another does not is refused at the other, so that nobody asks for it in vain.
+A field in none of the tables is ignored too, but reported, to be logged and counted: clients send many.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_step35.errors import RequestError
@@ -29,14 +30,54 @@ class FieldTable:
 
 
 _SAMPLING = frozenset(
-    {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+    {
+        "frequency_penalty",
+        "logit_bias",
+        "min_p",
+        "presence_penalty",
+        "repetition_penalty",
+        "seed",
+        "temperature",
+        "top_k",
+        "top_p",
+    }
 )
 
-CHAT = FieldTable(
+# Fields of other servers that would change the answer.
+_FOREIGN: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "ebnf": (),
+    "grammar": ("",),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "json_schema": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "mirostat": (0,),
+    "prompt_logprobs": (0,),
+    "regex": (),
+    "stop_token_ids": ([],),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+}
+
+_CHAT = FieldTable(
     served=_SAMPLING
     | {
         "chat_template_kwargs",
-        "logit_bias",
+        "enable_thinking",
         "logprobs",
         "max_completion_tokens",
         "max_thinking_tokens",
@@ -47,10 +88,10 @@ CHAT = FieldTable(
         "parallel_tool_calls",
         "reasoning_effort",
         "response_format",
-        "seed",
         "stop",
         "stream",
         "stream_options",
+        "thinking",
         "tool_choice",
         "tools",
         "top_logprobs",
@@ -61,6 +102,7 @@ CHAT = FieldTable(
             "include_reasoning",
             "metadata",
             "prompt_cache_key",
+            "prompt_cache_options",
             "prompt_cache_retention",
             "provider",
             # ccr contradicts itself: effort high and enabled false.
@@ -69,7 +111,6 @@ CHAT = FieldTable(
             "safety_identifier",
             "service_tier",
             "store",
-            "thinking",
             "transforms",
             "user",
             "verbosity",
@@ -89,84 +130,101 @@ CHAT = FieldTable(
     },
 )
 
-COMPLETIONS = FieldTable(
+_COMPLETIONS = FieldTable(
     served=_SAMPLING
     | {
         "echo",
-        "logit_bias",
         "logprobs",
+        "max_completion_tokens",
         "max_tokens",
         "model",
         "n",
         "prompt",
-        "seed",
         "stop",
         "stream",
         "stream_options",
     },
-    ignored=frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}),
-    refused={"best_of": (1,), "suffix": ("",), "tools": ([],), "response_format": ({"type": "text"},)},
-)
-
-MESSAGES = FieldTable(
-    served=frozenset(
+    ignored=frozenset(
         {
-            "max_tokens",
-            "messages",
-            "model",
-            "output_config",
-            "output_format",
-            "stop_sequences",
-            "stream",
-            "system",
-            "temperature",
+            # Raw text has neither a template nor thinking.
+            "chat_template_kwargs",
+            "enable_thinking",
+            "max_thinking_tokens",
+            "metadata",
+            "parallel_tool_calls",
+            "prompt_cache_key",
+            "reasoning",
+            "reasoning_effort",
+            "safety_identifier",
+            "service_tier",
+            "store",
             "thinking",
-            "tool_choice",
-            "tools",
-            "top_k",
-            "top_p",
+            "user",
         }
     ),
+    refused={"best_of": (1,), "suffix": ("",)},
+)
+
+_MESSAGES = FieldTable(
+    served=_SAMPLING
+    | {
+        "max_tokens",
+        "messages",
+        "model",
+        "output_config",
+        "output_format",
+        "stop_sequences",
+        "stream",
+        "system",
+        "thinking",
+        "tool_choice",
+        "tools",
+    },
     ignored=frozenset(
         {
             "anthropic_beta",
             "betas",
             "cache_control",
             "context_management",
+            "diagnostics",
             "inference_geo",
             "metadata",
+            "reasoning",
             "safeguards",
             "service_tier",
             "speed",
+            "stream_options",
+            "user_profile_id",
+            "workspace_id",
         }
     ),
     refused={"container": (), "mcp_servers": ([],)},
 )
 
-RESPONSES = FieldTable(
-    served=frozenset(
-        {
-            "input",
-            "instructions",
-            "max_output_tokens",
-            "model",
-            "parallel_tool_calls",
-            "reasoning",
-            "stream",
-            "temperature",
-            "text",
-            "tool_choice",
-            "tools",
-            "top_p",
-        }
-    ),
+_RESPONSES = FieldTable(
+    served=_SAMPLING
+    | {
+        "input",
+        "instructions",
+        "max_output_tokens",
+        "metadata",
+        "model",
+        "parallel_tool_calls",
+        "reasoning",
+        "stop",
+        "stream",
+        "text",
+        "tool_choice",
+        "tools",
+    },
     ignored=frozenset(
         {
+            "access_programs",
             "client_metadata",
             "include",
             "max_tool_calls",
-            "metadata",
             "prompt_cache_key",
+            "prompt_cache_options",
             "prompt_cache_retention",
             "safety_identifier",
             "service_tier",
@@ -179,10 +237,46 @@ RESPONSES = FieldTable(
     ),
     refused={
         "background": (False,),
+        "background_options": (),
         "context_management": ([],),
         "conversation": (),
+        "image": (),
+        "moderation": (),
         "previous_response_id": (),
         "prompt": (),
         "top_logprobs": (0,),
     },
 )
+
+
+# Values with which fields of one endpoint ask for nothing at another one.
+_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "chat_template_kwargs": ({},),
+    "echo": (False,),
+    "enable_thinking": (True,),
+    "logprobs": (False,),
+    "n": (1,),
+    "parallel_tool_calls": (True,),
+    "response_format": ({"type": "text"},),
+    "stop": ([],),
+    "stop_sequences": ([],),
+    "text": ({"format": {"type": "text"}},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+_SERVED_SOMEWHERE = _CHAT.served | _COMPLETIONS.served | _MESSAGES.served | _RESPONSES.served
+
+
+def _whole(table: FieldTable) -> FieldTable:
+    """The table, refusing what other endpoints or servers do and this one does not."""
+    elsewhere = {name: _HARMLESS.get(name, ()) for name in sorted(_SERVED_SOMEWHERE)}
+    refused = {**elsewhere, **_FOREIGN, **table.refused}
+    known = table.served | table.ignored
+    return replace(table, refused={name: refused[name] for name in refused if name not in known})
+
+
+CHAT = _whole(_CHAT)
+COMPLETIONS = _whole(_COMPLETIONS)
+MESSAGES = _whole(_MESSAGES)
+RESPONSES = _whole(_RESPONSES)

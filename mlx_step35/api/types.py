@@ -77,6 +77,8 @@ class ChatRequest(GenerationRequest):
     schema: Mapping[str, Any] | None = None
     thinking: Thinking = field(default_factory=Thinking)
     template_variables: Mapping[str, Any] = field(default_factory=dict)
+    # What an answer of the Responses API says again, as it was given.
+    repeated: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +106,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token's log-probability, and those of the likeliest tokens in its place."""
+    """One token's log-probability, and those of the likeliest tokens in its place.
 
-    token: str
+    Tokens are their bytes, which may be part of a character.
+    """
+
+    token: bytes
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

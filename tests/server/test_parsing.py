@@ -3,12 +3,23 @@
 from typing import Any
 
 import pytest
+from anthropic.types import (
+    DocumentBlockParam,
+    SearchResultBlockParam,
+    ToolReferenceBlockParam,
+)
+from anthropic.types import message_create_params as message_params
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as response_params
 
 from mlx_step35.api.anthropic import parse_messages
+from mlx_step35.api.failures import bad_request, unknown_model
 from mlx_step35.api.openai import parse_chat, parse_completion
 from mlx_step35.api.responses import parse_response
-from mlx_step35.api.tables import CHAT, COMPLETIONS, MESSAGES, RESPONSES
-from mlx_step35.api.types import ToolChoice
+from mlx_step35.api.sse import to_json
+from mlx_step35.api.tables import CHAT, COMPLETIONS, MESSAGES, RESPONSES, FieldTable
+from mlx_step35.api.types import Sampling, Thinking, ToolChoice
 from mlx_step35.errors import RequestError
 from mlx_step35.http.body import MAX_DEPTH, parse_json
 
@@ -193,6 +204,53 @@ def test_unknown_fields_are_reported_and_known_ones_are_not() -> None:
     assert response(zzz=1, include=[], client_metadata={}).unknown_fields == ("zzz",)
 
 
+@pytest.mark.parametrize(
+    ("table", "official"),
+    [
+        (CHAT, chat_params.CompletionCreateParamsBase),
+        (COMPLETIONS, completion_params.CompletionCreateParamsBase),
+        (MESSAGES, message_params.MessageCreateParamsBase),
+        (RESPONSES, response_params.ResponseCreateParamsBase),
+    ],
+)
+def test_every_official_field_is_in_a_table(table: FieldTable, official: Any) -> None:
+    assert table.sort(dict.fromkeys(official.__annotations__)) == ()
+    unnamed = official.__annotations__.keys() - table.served - table.ignored - table.refused.keys()
+    assert not unnamed
+
+
+def test_what_one_endpoint_serves_is_no_secret_to_another() -> None:
+    every = (CHAT, COMPLETIONS, MESSAGES, RESPONSES)
+    for name in frozenset[str]().union(*(table.served for table in every)):
+        assert all(table.sort({name: None}) == () for table in every), name
+    with pytest.raises(RequestError, match="max_tokens"):
+        response(max_tokens=5)
+    for parse in (chat, messages, response):
+        for name in ("guided_json", "min_tokens", "stop_token_ids"):
+            with pytest.raises(RequestError, match=name):
+                parse(**{name: [7]})
+
+
+def test_sampling_is_the_same_everywhere() -> None:
+    asked: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_p": 0.4,
+        "top_k": 3,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": -0.3,
+        "logit_bias": {"5": -10},
+        "seed": 7,
+    }
+    expected = Sampling(**{**asked, "logit_bias": {5: -10.0}})
+    completion = parse_completion({"model": "m", "prompt": "a", **asked, "max_completion_tokens": 4})
+    for request in (chat(**asked), messages(**asked), response(**asked), completion):
+        assert request.sampling == expected and not request.unknown_fields
+    assert completion.max_tokens == 4
+    assert response(stop="END").stop == chat(stop=["END"]).stop == ("END",)
+
+
 def test_no_field_is_in_two_tables() -> None:
     for table in (CHAT, COMPLETIONS, MESSAGES, RESPONSES):
         names = [*table.served, *table.ignored, *table.refused]
@@ -223,6 +281,80 @@ def test_thinking_in_three_dialects() -> None:
     assert messages(thinking={"type": "adaptive"}).thinking.is_shown
     assert not messages(thinking={"type": "disabled"}).thinking.is_on
     assert not response(reasoning={"effort": "none"}).thinking.is_on
+    assert not chat(thinking={"type": "disabled"}).thinking.is_on
+    assert chat(thinking={"type": "enabled", "budget_tokens": 9}).thinking == Thinking(budget=9)
+    assert not chat(enable_thinking=False).thinking.is_on
+    assert chat(enable_thinking=True).template_variables == {"enable_thinking": True}
+
+
+def test_efforts_reach_the_template() -> None:
+    asked = {"reasoning_effort": "low"}
+    assert chat(reasoning_effort="low").template_variables == asked
+    assert messages(output_config={"effort": "low"}).template_variables == asked
+    assert response(reasoning={"effort": "low"}).template_variables == asked
+    assert response().template_variables == messages().template_variables == {}
+
+
+def test_what_a_history_loses_is_reported() -> None:
+    items: list[Any] = [
+        {"role": "user", "content": "hi"},
+        {"type": "web_search_call", "id": "1"},
+        {"type": "web_search_call", "id": "2"},
+        {"type": "shell_call_output", "call_id": "1", "output": [{"stdout": "out", "stderr": "err"}]},
+        {"type": "local_shell_call_output", "id": "2", "output": "text"},
+        {"type": "computer_call_output", "call_id": "3", "output": {"type": "computer_screenshot"}},
+    ]
+    request = response(input=items)
+    assert request.unknown_fields == ("input[].web_search_call",)
+    results = [message["content"] for message in request.messages if message["role"] == "tool"]
+    assert results == ["outerr", "text", "[computer_screenshot omitted]"]
+    with pytest.raises(RequestError, match="web_search_call") as caught:
+        response(input=items[1:2])
+    assert caught.value.field == "input"
+    block = {"type": "server_tool_use", "id": "1", "name": "web_search", "input": {}}
+    turns = [{"role": "assistant", "content": [block, {"type": "redacted_thinking", "data": "x"}]}]
+    assert messages(messages=[*HELLO, *turns]).unknown_fields == ("messages[].content[].server_tool_use",)
+
+
+def test_results_keep_what_is_text() -> None:
+    content: list[Any] = [
+        ToolReferenceBlockParam(type="tool_reference", tool_name="get_weather"),
+        SearchResultBlockParam(
+            type="search_result", source="s", title="t", content=[{"type": "text", "text": "found"}]
+        ),
+        DocumentBlockParam(
+            type="document", source={"type": "text", "media_type": "text/plain", "data": "page"}
+        ),
+        {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}},
+    ]
+    result = {"type": "tool_result", "tool_use_id": "1", "content": content}
+    text = messages(messages=[{"role": "user", "content": [result]}]).messages[-1]["content"]
+    assert text == "[tool found: get_weather]foundpage[file omitted]"
+
+
+@pytest.mark.parametrize(
+    ("parse", "fields"),
+    [
+        (chat, {"messages": [{"role": "x" * 9999, "content": ""}]}),
+        (chat, {"messages": [{"role": "user", "content": [{"type": "x" * 9999}]}]}),
+        (chat, {"messages": [{"role": ["x"] * 9999, "content": ""}]}),
+        (chat, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x" * 9999}}}),
+        (chat, {"logit_bias": {"x" * 9999: 1}}),
+        (messages, {"messages": [{"role": "user", "content": [{"type": "x" * 9999}]}]}),
+        (messages, {"tools": [{"type": "x" * 9999, "name": "f"}]}),
+        (response, {"input": [{"type": "x" * 9999}]}),
+        (response, {"input": [{"role": "x" * 9999, "content": ""}]}),
+    ],
+)
+def test_refusals_do_not_repeat_long_texts(parse: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(**fields)
+    assert len(str(caught.value)) < 300
+    assert len(to_json(bad_request(RequestError("x" * 9999, "y" * 9999), "openai").body("openai"))) < 1500
+
+
+def test_the_name_of_an_unknown_model_is_cut() -> None:
+    assert len(unknown_model("x" * 9999).message) < 300
 
 
 def test_schemas_in_three_dialects() -> None:

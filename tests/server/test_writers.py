@@ -7,10 +7,11 @@ import pytest
 from anthropic.types import ErrorResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types.responses import Response
 
 from mlx_step35.api import anthropic_answers, openai_answers, responses_answers
 from mlx_step35.api.failures import Failure
-from mlx_step35.api.openai import parse_chat
+from mlx_step35.api.responses import parse_response
 from mlx_step35.api.sse import to_json
 from mlx_step35.api.types import Choice, Identity, TokenLogprob, Usage
 from mlx_step35.chat.output import (
@@ -22,7 +23,6 @@ from mlx_step35.chat.output import (
     ToolCallArguments,
     ToolCallStart,
 )
-from tests.server.running import chat_body
 
 IDENTITY = Identity("id_1", "m", 1)
 USAGE = Usage(10, 5, 4, 2)
@@ -108,7 +108,7 @@ def test_message_streams_join_to_the_whole(answer: tuple[ParsedOutput, list[Delt
 @given(answers())
 def test_response_streams_end_with_the_whole(answer: tuple[ParsedOutput, list[Delta]]) -> None:
     output, deltas = answer
-    request = parse_chat(chat_body("hi"))
+    request = parse_response({"model": "m", "input": "hi"})
     events = written(responses_answers.ResponseWriter(IDENTITY, request), output, deltas)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
@@ -116,8 +116,40 @@ def test_response_streams_end_with_the_whole(answer: tuple[ParsedOutput, list[De
     assert last["output"] == done and last["status"] == "completed"
     choice = Choice(output, output.finish_reason)  # type: ignore[arg-type]
     whole = responses_answers.response(IDENTITY, request, choice, USAGE)
-    if output.content or output.tool_calls:
-        assert last["output"] == whole["output"]
+    assert last["output"] == whole["output"]
+    Response.model_validate(whole, strict=True)
+
+
+def test_the_item_that_a_limit_cuts_is_incomplete() -> None:
+    request = parse_response({"model": "m", "input": "hi"})
+    kinds = {"reasoning": "a", "content": "b"}
+    for num_kinds, statuses in ((0, ["incomplete"]), (1, ["incomplete"]), (2, ["completed", "incomplete"])):
+        parts: dict[str, Any] = {"reasoning": None, "content": None} | dict([*kinds.items()][:num_kinds])
+        output = ParsedOutput(parts["content"], parts["reasoning"], (), "length")
+        whole = responses_answers.response(IDENTITY, request, Choice(output, "length"), USAGE)
+        validated = Response.model_validate(whole)
+        assert validated.status == "incomplete"
+        assert [item.status for item in validated.output if hasattr(item, "status")] == statuses
+
+
+def test_a_response_says_again_what_was_asked() -> None:
+    schema = {"type": "object", "properties": {}}
+    formats: list[Any] = [
+        {"type": "json_object"},
+        {"type": "json_schema", "name": "n", "schema": schema, "strict": True},
+    ]
+    for form in formats:
+        asked = {
+            "instructions": "Be brief.",
+            "metadata": {"key": "value"},
+            "reasoning": {"effort": "low", "summary": "auto"},
+            "text": {"format": form, "verbosity": "low"},
+        }
+        request = parse_response({"model": "m", "input": "hi", **asked})
+        choice = Choice(ParsedOutput("{}", None, (), "stop"), "stop")
+        response = Response.model_validate(responses_answers.response(IDENTITY, request, choice, USAGE))
+        said = response.model_dump(by_alias=True, include=set(asked), exclude_unset=True)
+        assert said == asked
 
 
 def test_input_tokens_add_up_in_anthropics_usage() -> None:
@@ -134,7 +166,7 @@ def test_failures_speak_the_dialect_of_the_stream() -> None:
     last = writer.fail(failure, "req_1")
     assert last.startswith(b"event: error\n") and not writer.must_break_off
     assert ErrorResponse.model_validate(data_of(last)[0]).request_id == "req_1"
-    response = responses_answers.ResponseWriter(IDENTITY, parse_chat(chat_body("hi")))
+    response = responses_answers.ResponseWriter(IDENTITY, parse_response({"model": "m", "input": "hi"}))
     assert data_of(response.fail(failure, "req_1"))[0]["response"]["error"]["message"] == "broken"
 
 
@@ -144,7 +176,7 @@ def test_overload_has_the_status_that_clients_retry(status: int, dialect: Any, e
 
 
 def test_impossible_tokens_and_lone_surrogates_are_valid_json() -> None:
-    choice = Choice(ParsedOutput("a", None, (), "stop"), "stop", None, (TokenLogprob("a", float("-inf")),))
+    choice = Choice(ParsedOutput("a", None, (), "stop"), "stop", None, (TokenLogprob(b"a", float("-inf")),))
     body = to_json(openai_answers.chat_completion(IDENTITY, [choice], USAGE))
     assert b"Infinity" not in body and b"-9999.0" in body
     assert json.loads(to_json({"a": "\ud800"})) == {"a": "?"}
