@@ -61,7 +61,7 @@ class SentencePieceBackend:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         kept = [token for token in ids if not (skip_special_tokens and token in self._names)]
-        return b"".join(map(self._bytes, kept)).decode("utf-8", "replace")
+        return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
 
     def token_id(self, token: str) -> int | None:
         if token in self._controls:
@@ -76,9 +76,9 @@ class SentencePieceBackend:
         return piece
 
     def detokenizer(self) -> ByteStream:
-        return ByteStream(self._bytes)
+        return ByteStream(self.token_bytes)
 
-    def _bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         if token in self._names:
             return self._names[token].encode()
         if not 0 <= token < self._model.get_piece_size() or self._model.is_unknown(token):

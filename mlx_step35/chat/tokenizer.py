@@ -6,6 +6,7 @@ in text become control tokens only where the caller says so (`encode`), never in
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,8 @@ from mlx_step35.chat.streams import ByteStream, LibraryStream, StreamDetokenizer
 from mlx_step35.errors import CheckpointError
 
 _ALPHABET = byte_alphabet()
+# How vocabularies without a byte alphabet name single bytes.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Backend(Protocol):
@@ -39,6 +42,7 @@ class Backend(Protocol):
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
     def token_id(self, token: str) -> int | None: ...
     def token(self, token_id: int) -> str | None: ...
+    def token_bytes(self, token: int) -> bytes: ...
     def detokenizer(self) -> StreamDetokenizer: ...
 
 
@@ -109,6 +113,10 @@ class Tokenizer:
         """The id of a token by its exact string."""
         return self.backend.token_id(token)
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to the text, which may be part of a character."""
+        return self.backend.token_bytes(token)
+
     def detokenizer(self) -> StreamDetokenizer:
         """A fresh stream; control tokens are printed as their strings."""
         return self.backend.detokenizer()
@@ -166,6 +174,14 @@ class _TokenizersBackend:
 
     def detokenizer(self) -> StreamDetokenizer:
         return ByteStream(self._bytes) if self._is_byte_level else LibraryStream(self.tokenizer, self.size)
+
+    def token_bytes(self, token: int) -> bytes:
+        if self._is_byte_level:
+            return self._bytes(token)
+        text = (self.token(token) if token >= 0 else None) or ""
+        if match := _BYTE_TOKEN.fullmatch(text):
+            return bytes([int(match[1], 16)])
+        return text.replace("\u2581", " ").encode()
 
     def _bytes(self, token: int) -> bytes:
         """The bytes of one token, as the byte-level decoder sees it; ids without a token are nothing."""

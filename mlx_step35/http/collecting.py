@@ -14,7 +14,7 @@ class Collector:
     Args:
         request: the request.
         num_choices: choices per prompt; they share its tokens.
-        tokenizer: for the names of tokens in log-probabilities.
+        tokenizer: for the bytes of tokens in log-probabilities.
     """
 
     def __init__(self, request: Request, num_choices: int, tokenizer: Tokenizer) -> None:
@@ -50,13 +50,13 @@ class Collector:
         self._num_reasoning += event.is_reasoning
 
     def logprobs(self, index: int, logprobs: Logprobs | None) -> Sequence[TokenLogprob]:
-        """Log-probabilities of one token with names, kept for the whole answer."""
+        """Log-probabilities of one token with its bytes, kept for the whole answer."""
         if logprobs is None:
             return ()
         named = TokenLogprob(
-            self._name(logprobs.token),
+            self._tokenizer.token_bytes(logprobs.token),
             logprobs.logprob,
-            tuple((self._name(token), logprob) for token, logprob in logprobs.top),
+            tuple((self._tokenizer.token_bytes(token), logprob) for token, logprob in logprobs.top),
         )
         self._logprobs[index].append(named)
         return (named,)
@@ -72,9 +72,6 @@ class Collector:
         )
         self.choices.append(choice)
         return choice
-
-    def _name(self, token: int) -> str:
-        return self._tokenizer.decode([token])
 
     def _speculation(self) -> dict[str, Any] | None:
         """Our extension of usage: per answer, what drafting brought."""
