@@ -293,7 +293,9 @@ def _port(text: str) -> int:
 
 def _origin(text: str) -> str:
     parts = urlsplit(text)
-    is_origin = bool(parts.netloc) and text == f"{parts.scheme}://{parts.netloc}".lower()
+    # As browsers spell it, since it is compared as it is: nothing behind the host, and no default port.
+    is_default = (parts.scheme, parts.port) in (("http", 80), ("https", 443))
+    is_origin = bool(parts.netloc) and text == f"{parts.scheme}://{parts.netloc}".lower() and not is_default
     if not is_origin and text not in ("*", "null"):
         raise argparse.ArgumentTypeError(f"{text!r} is no origin; write https://example.com, or '*'")
     return text

@@ -261,7 +261,7 @@ def test_a_stream_that_fails_is_no_success(
     name = {CHAT: "chat", MESSAGES: "messages", RESPONSES: "responses"}[path]
     counter = f'failed_streams_total{{endpoint="{name}",error="internal_error"}}'
     failed, generated = metric(server, counter), metric(server, 'tokens_total{kind="generated"}')
-    body = {"model": MODEL, "input": "[fail]"} if path == RESPONSES else chat_body("[fail]")
+    body: dict[str, Any] = {"model": MODEL, "input": "[fail]"} if path == RESPONSES else chat_body("[fail]")
     if path == MESSAGES:
         body["max_tokens"] = 50
     with caplog.at_level("INFO"):
