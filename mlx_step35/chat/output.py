@@ -7,7 +7,7 @@ call that is cut off leaves nothing a client would have to repair.
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from mlx_step35.chat.arguments import Toolbox
@@ -24,7 +24,10 @@ class ReasoningDelta:
 
 @dataclass(frozen=True, slots=True)
 class ContentDelta:
+    """`start` is where the text stands in all that was generated, in characters."""
+
     text: str
+    start: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,9 @@ class OutputParser:
         self._unfinished = ""
         self._finish_reason = ""
         self._deltas: list[Delta] = []
+        # Characters fed, and those of them up to the end of the newest event of the answer.
+        self._num_fed = 0
+        self._position: int | None = None
 
     @property
     def is_reasoning(self) -> bool:
@@ -147,6 +153,7 @@ class OutputParser:
 
     def feed(self, text: str) -> list[Delta]:
         """Takes generated text; returns what has become certain."""
+        self._num_fed += len(text)
         if self._state == "start":
             text = self._feed_start(text)
         if self._state == "reasoning":
@@ -246,23 +253,34 @@ class OutputParser:
             self._emit(self._reasoning.flush())
 
     def _feed_answer(self, text: str) -> None:
-        if self._skips_newline and text:
+        if not text:
+            return
+        if self._skips_newline:
             text = text.removeprefix("\n")
             self._skips_newline = False
+        if self._position is None:
+            self._position = self._num_fed - len(text)
         if not self._toolbox:
-            self._emit(self._content.feed(text))
+            self._feed_content(text)
             return
         self._answer_events(self._scanner.feed(text))
+
+    def _feed_content(self, text: str) -> None:
+        """Takes the next of the answer's text."""
+        self._position = (self._position or 0) + len(text)
+        self._emit(self._content.feed(text, self._position))
 
     def _answer_events(self, events: Sequence[Event]) -> None:
         for event in events:
             match event:
                 case Text(raw):
-                    self._emit(self._content.feed(raw))
-                case Call():
+                    self._feed_content(raw)
+                case Call(raw):
+                    self._position = (self._position or 0) + len(raw)
                     self._content.end_piece()
                     self._emit_call(event)
                 case Dropped(raw):
+                    self._position = (self._position or 0) + len(raw)
                     self._content.end_piece()
                     self._unfinished += raw
 
@@ -280,8 +298,8 @@ class OutputParser:
         if delta is None:
             return
         last = self._deltas[-1] if self._deltas else None
-        if isinstance(delta, ContentDelta) and isinstance(last, ContentDelta):
-            self._deltas[-1] = ContentDelta(last.text + delta.text)
+        if isinstance(delta, ContentDelta) and isinstance(last, ContentDelta) and _is_next(last, delta):
+            self._deltas[-1] = ContentDelta(last.text + delta.text, last.start)
         elif isinstance(delta, ReasoningDelta) and isinstance(last, ReasoningDelta):
             self._deltas[-1] = ReasoningDelta(last.text + delta.text)
         else:
@@ -299,6 +317,7 @@ class PlainParser:
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
+        self._num_fed = 0
         self._finish_reason = ""
 
     @property
@@ -309,7 +328,8 @@ class PlainParser:
         if not text:
             return []
         self._pieces.append(text)
-        return [ContentDelta(text)]
+        self._num_fed += len(text)
+        return [ContentDelta(text, self._num_fed - len(text))]
 
     def close(self, finish_reason: str = "stop") -> list[Delta]:
         self._finish_reason = finish_reason
@@ -365,7 +385,8 @@ class _Content:
     def text(self) -> str | None:
         return "".join(self._pieces) or None
 
-    def feed(self, text: str) -> ContentDelta | None:
+    def feed(self, text: str, end: int) -> ContentDelta | None:
+        """`end` is where the text ends in all that was generated; blanks held back stand in front of it."""
         if not self._is_open:
             if not text.strip():
                 self._blanks.append(text)
@@ -375,10 +396,14 @@ class _Content:
         if not text:
             return None
         self._pieces.append(text)
-        return ContentDelta(text)
+        return ContentDelta(text, end - len(text))
 
     def end_piece(self) -> None:
         self._blanks, self._is_open = [], False
+
+
+def _is_next(last: ContentDelta, delta: ContentDelta) -> bool:
+    return last.start + len(last.text) == delta.start
 
 
 def _length_of_partial(text: str, tag: str) -> int:

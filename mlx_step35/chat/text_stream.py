@@ -4,7 +4,8 @@ Stop strings are looked for in the content that the client sees, across tokens; 
 arguments of a call can end an answer. What may be the beginning of one is held back.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from mlx_step35.chat.output import ContentDelta, Delta, ParsedOutput, Parser
@@ -27,6 +28,7 @@ class TextStream:
         self._stops = _StopStrings(stop) if stop else None
         self._content: list[str] = []
         self._finish_reason = ""
+        self._origins = _Origins()
         self.reasoning_tokens = 0
         self.is_ended = False
 
@@ -62,7 +64,9 @@ class TextStream:
             return []
         # The token that closes the thinking is still part of it.
         self.reasoning_tokens += self._parser.is_reasoning
-        return self._visible(self._parser.feed(self._detokenizer.add(token)))
+        text = self._detokenizer.add(token)
+        self._origins.add_token(len(text))
+        return self._visible(self._parser.feed(text))
 
     def finish(self, reason: str = "stop") -> list[Delta]:
         """Ends the answer: "stop", or "length" when it was cut. Returns what was held back."""
@@ -70,16 +74,24 @@ class TextStream:
             # Text behind a stop string is none, but calls in front of it count.
             self._parser.close("stop")
             return []
-        deltas = self._visible(self._parser.feed(self._detokenizer.finish()))
+        text = self._detokenizer.finish()
+        self._origins.add_text(len(text))
+        deltas = self._visible(self._parser.feed(text))
         if self.stop_sequence is None:
             deltas += self._visible(self._parser.close(reason))
         if self.stop_sequence is None and self._stops:
             deltas += self._content_delta(self._stops.flush())
         return deltas
 
+    def content_tokens(self) -> list[int]:
+        """Which of the tokens pushed so far, by number, became content since this was last asked."""
+        return self._origins.take()
+
     def _visible(self, deltas: list[Delta]) -> list[Delta]:
         """The deltas up to a stop string, without what may be the beginning of one."""
+        self._origins.add_content(delta for delta in deltas if isinstance(delta, ContentDelta))
         if self._stops is None:
+            self._origins.show(sum(len(delta.text) for delta in deltas if isinstance(delta, ContentDelta)))
             return deltas
         visible: list[Delta] = []
         for delta in deltas:
@@ -96,7 +108,62 @@ class TextStream:
         if not text:
             return []
         self._content.append(text)
+        self._origins.show(len(text))
         return [ContentDelta(text)]
+
+
+class _Origins:
+    """From which tokens the content comes: those of thinking, calls and what is cut out are none of them.
+
+    A token of which only a part is content counts as a whole.
+    """
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._num_characters = 0
+        # Tokens whose text is not known yet, for each is a part of the next character.
+        self._parts: list[int] = []
+        # Tokens with start and end of their text. Those that share a character share these.
+        self._tokens: deque[tuple[int, int, int]] = deque()
+        # Content that came, as start and end in the whole text, as far as it was not shown.
+        self._content: deque[tuple[int, int]] = deque()
+        self._found: list[int] = []
+
+    def add_token(self, num_characters: int) -> None:
+        self._parts.append(self._num_tokens)
+        self._num_tokens += 1
+        self.add_text(num_characters)
+
+    def add_text(self, num_characters: int) -> None:
+        """Characters that the newest tokens completed."""
+        if num_characters:
+            start, self._num_characters = self._num_characters, self._num_characters + num_characters
+            self._tokens += [(number, start, self._num_characters) for number in self._parts]
+            self._parts = []
+
+    def add_content(self, deltas: Iterable[ContentDelta]) -> None:
+        self._content += [(delta.start, delta.start + len(delta.text)) for delta in deltas]
+
+    def show(self, num_characters: int) -> None:
+        """So many more characters of the content are given out."""
+        while num_characters:
+            start, end = self._content.popleft()
+            if end - start > num_characters:
+                self._content.appendleft((start + num_characters, end))
+                end = start + num_characters
+            num_characters -= end - start
+            self._find(start, end)
+
+    def take(self) -> list[int]:
+        found, self._found = self._found, []
+        return found
+
+    def _find(self, start: int, end: int) -> None:
+        """The tokens of a stretch of content; those in front of it will not be asked for any more."""
+        while self._tokens and self._tokens[0][1] < end:
+            number, _, ends_at = self._tokens.popleft()
+            if ends_at > start:
+                self._found.append(number)
 
 
 class _StopStrings:

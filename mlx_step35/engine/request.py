@@ -25,6 +25,7 @@ class Output(Protocol):
     @property
     def result(self) -> ParsedOutput: ...
     def push(self, token: int) -> list[Delta]: ...
+    def content_tokens(self) -> list[int]: ...
     def finish(self, reason: str) -> list[Delta]: ...
 
 
@@ -99,18 +100,22 @@ class Progress:
 class Token:
     """A token was taken, and what became certain with it.
 
-    `is_reasoning`: it is part of the thinking. `logprobs` is None outside the answer, or if not asked for.
+    `is_reasoning`: it is part of the thinking. `logprobs`, if asked for, are those of all tokens that became
+    content with this one.
     """
 
     index: int
     deltas: Sequence[Delta]
-    logprobs: Logprobs | None = None
+    logprobs: Sequence[Logprobs] = ()
     is_reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A candidate is done, with the last of its text; `tokens` are all that were sampled."""
+    """A candidate is done, with the last of its text; `tokens` are all that were sampled.
+
+    `logprobs`, if asked for, are those of the tokens that became content with the end.
+    """
 
     index: int
     deltas: Sequence[Delta]
@@ -121,6 +126,7 @@ class Finished:
     reuse: Reuse
     stats: DecodeStats
     memory: Memory
+    logprobs: Sequence[Logprobs] = ()
 
 
 @dataclass(frozen=True, slots=True)

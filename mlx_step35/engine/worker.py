@@ -15,6 +15,8 @@ from mlx_step35.engine.request import (
     Event,
     Failed,
     Finished,
+    Logprobs,
+    Output,
     Progress,
     Request,
     Started,
@@ -95,8 +97,9 @@ class Worker:
 
         run = runner.start(candidate, request.mtp, request.lookup, on_prefill)
         job.emit(Started(index, run.reuse))
+        logprobs: dict[int, Logprobs] = {}
         try:
-            sampled = self._generate(run, job, index, candidate)
+            sampled = self._generate(run, job, index, candidate, logprobs)
         except CancelledError:
             return
         if request.cancelled.is_set():
@@ -114,11 +117,17 @@ class Worker:
                 reuse=run.reuse,
                 stats=run.stats,
                 memory=runner.memory(),
+                logprobs=_of_content(output, logprobs),
             )
         )
 
-    def _generate(self, run: Run, job: Job, index: int, candidate: Candidate) -> list[int]:
-        """Hand on tokens until the answer is over or its client gone; returns those taken."""
+    def _generate(
+        self, run: Run, job: Job, index: int, candidate: Candidate, logprobs: dict[int, Logprobs]
+    ) -> list[int]:
+        """Hand on tokens until the answer is over or its client gone; returns those taken.
+
+        `logprobs` keeps what is known of tokens that may yet become content, by their number.
+        """
         request, output = job.request, candidate.output
         tokens = run.tokens
         sampled: list[int] = []
@@ -127,16 +136,21 @@ class Worker:
                 if request.cancelled.is_set():
                     break
                 sampled.append(decoded.token)
-                # The token that ends the thinking belongs to it, and the end token is no text.
+                # The token that ends the thinking belongs to it.
                 was_reasoning = output.is_reasoning
                 num_reasoning = output.reasoning_tokens
                 deltas = output.push(decoded.token)
-                logprobs = None
-                if request.top_logprobs is not None and not was_reasoning and not output.stopped:
-                    logprobs = read_logprobs(decoded, request.top_logprobs)
-                job.emit(Token(index, deltas, logprobs, output.reasoning_tokens > num_reasoning))
+                if request.top_logprobs is not None and not was_reasoning:
+                    logprobs[len(sampled) - 1] = read_logprobs(decoded, request.top_logprobs)
+                shown = _of_content(output, logprobs)
+                job.emit(Token(index, deltas, shown, output.reasoning_tokens > num_reasoning))
                 if output.stopped:
                     break
         finally:
             tokens.close()
         return sampled
+
+
+def _of_content(output: Output, logprobs: dict[int, Logprobs]) -> list[Logprobs]:
+    """Log-probabilities of the tokens that have become content, taken out."""
+    return [logprobs.pop(number) for number in output.content_tokens() if number in logprobs]

@@ -181,10 +181,12 @@ class Answer(Response, Generic[R]):
                 return self._collector.logprobs(event.index, event.logprobs)
             case Finished():
                 self._num_left -= 1
+                logprobs = self._collector.logprobs(event.index, event.logprobs)
                 self._collector.finish(event)
                 if isinstance(self._request, ChatRequest):
                     self._preparer.remember(self._submission.request.candidates[event.index], event)
                 self._metrics.note_finished(event)
+                return logprobs
         return ()
 
     def _failure(self, event: Event) -> Failure | None:

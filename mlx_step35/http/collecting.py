@@ -49,17 +49,19 @@ class Collector:
         self._num_tokens += 1
         self._num_reasoning += event.is_reasoning
 
-    def logprobs(self, index: int, logprobs: Logprobs | None) -> Sequence[TokenLogprob]:
-        """Log-probabilities of one token with its bytes, kept for the whole answer."""
-        if logprobs is None:
-            return ()
-        named = TokenLogprob(
-            self._tokenizer.token_bytes(logprobs.token),
-            logprobs.logprob,
-            tuple((self._tokenizer.token_bytes(token), logprob) for token, logprob in logprobs.top),
-        )
-        self._logprobs[index].append(named)
-        return (named,)
+    def logprobs(self, index: int, logprobs: Sequence[Logprobs]) -> Sequence[TokenLogprob]:
+        """Log-probabilities of tokens with their bytes, kept for the whole answer."""
+        to_bytes = self._tokenizer.token_bytes
+        named = [
+            TokenLogprob(
+                to_bytes(one.token),
+                one.logprob,
+                tuple((to_bytes(token), logprob) for token, logprob in one.top),
+            )
+            for one in logprobs
+        ]
+        self._logprobs[index] += named
+        return named
 
     def finish(self, event: Finished) -> Choice:
         """A candidate is done."""

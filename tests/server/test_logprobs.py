@@ -45,3 +45,37 @@ def test_completions_tell_bytes_and_places(server: Running, is_stream: bool) -> 
     for token, offset in zip(tokens, offsets, strict=True):
         assert token.startswith("bytes:\\x") or text.startswith(token, offset)
     assert all(len(top) == 2 for one in shown for top in one["top_logprobs"])
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+CALL = "<tool_call>\n<function=f>\n<parameter=a>\n你 w3\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("said", "fields", "content"),
+    [
+        (TEXT, {}, TEXT),
+        (f"你 w3{CALL}", {}, "你 w3"),
+        (CALL, {}, ""),
+        (f"{CALL}\n", {}, ""),
+        (f"{CALL}你 w3 done", {}, "你 w3 done"),
+        ("one two STOP three", {"stop": " STOP"}, "one two"),
+        ("one two STO", {"stop": "STOP"}, "one two STO"),
+        ("😀" * 3, {}, "😀" * 3),
+    ],
+)
+def test_tokens_are_those_of_the_content(
+    server: Running, said: str, fields: dict[str, Any], content: str, is_stream: bool
+) -> None:
+    messages = [{"role": "user", "content": f"[say {said}]"}]
+    body = {"model": MODEL, "messages": messages, "tools": TOOLS, "logprobs": True, **fields}
+    if is_stream:
+        parts = choices(server, CHAT, body)
+        text = "".join(part["delta"].get("content") or "" for part in parts)
+    else:
+        parts = server.post(CHAT, body).json()["choices"]
+        text = parts[0]["message"]["content"] or ""
+    entries = [entry for part in parts if part["logprobs"] for entry in part["logprobs"]["content"]]
+    assert text == content
+    assert bytes(byte for entry in entries for byte in entry["bytes"]) == content.encode()
