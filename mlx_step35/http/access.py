@@ -75,15 +75,17 @@ class AccessLog:
         self, failure: Failure, scope: Scope, record: Record, receive: Receive, send: Send
     ) -> None:
         """Answer with the failure, or cut off an answer that has begun."""
+        code = failure.code or str(failure.status)
+        record.details["error"] = code
         if record.status:
+            self._metrics.failed_streams.labels(_endpoint(record), code).inc()
             raise StreamBrokenError(failure.message) from None
         dialect = dialect_of(scope["path"], Headers(scope=scope))
         await error_response(failure, dialect, scope)(scope, receive, send)
 
     def _finish(self, scope: Scope, record: Record) -> None:
         seconds = time.perf_counter() - record.started_s
-        endpoint = record.details.get("endpoint", "other")
-        self._metrics.requests.labels(endpoint, str(record.status)).inc()
+        self._metrics.requests.labels(_endpoint(record), str(record.status)).inc()
         line = {
             "request": record.request_id,
             "method": scope["method"],
@@ -93,6 +95,10 @@ class AccessLog:
             **record.details,
         }
         logger.info("%s", json.dumps(line))
+
+
+def _endpoint(record: Record) -> str:
+    return str(record.details.get("endpoint", "other"))
 
 
 class QuietBreaks(logging.Filter):

@@ -13,6 +13,7 @@ import pytest
 from anthropic.types import ErrorResponse, GatewayTimeoutError
 from fastapi.testclient import TestClient
 
+from mlx_step35.api.openai_answers import ChatWriter
 from mlx_step35.engine.engine import Engine
 from mlx_step35.engine.runner import Runner
 from mlx_step35.http.app import create_app
@@ -273,6 +274,22 @@ def test_a_stream_that_fails_is_no_success(
     assert line["error"] == "internal_error" and line["completion_tokens"] == 5 and not line["finish"]
     assert metric(server, counter) == failed + 1
     assert metric(server, 'tokens_total{kind="generated"}') == generated + 5
+
+
+def test_a_bug_in_the_middle_of_a_stream_is_no_success(
+    server: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(ChatWriter, "finish", fail)
+    counter = 'failed_streams_total{endpoint="chat",error="internal_error"}'
+    failed = metric(server, counter)
+    stream = server.client.stream("POST", CHAT, json={**chat_body("hi"), "stream": True})
+    with caplog.at_level("INFO"), pytest.raises(httpx.RemoteProtocolError), stream as answer:
+        answer.read()
+    assert last_line(caplog, CHAT)["error"] == "internal_error"
+    assert metric(server, counter) == failed + 1
 
 
 def test_tokens_of_abandoned_answers_count(caplog: pytest.LogCaptureFixture) -> None:
