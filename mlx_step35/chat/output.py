@@ -7,47 +7,19 @@ call that is cut off leaves nothing a client would have to repair.
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mlx_step35.chat.arguments import Toolbox
+from mlx_step35.chat.deltas import ContentDelta as ContentDelta
+from mlx_step35.chat.deltas import Delta as Delta
+from mlx_step35.chat.deltas import ReasoningDelta as ReasoningDelta
+from mlx_step35.chat.deltas import ToolCallArguments as ToolCallArguments
+from mlx_step35.chat.deltas import ToolCallStart as ToolCallStart
 from mlx_step35.chat.scanner import Call, CallScanner, Dropped, Event, Text
 
 THINK_OPENER = "<think>"
 THINK_CLOSER = "</think>"
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningDelta:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ContentDelta:
-    """`start` is where the text stands in all that was generated, in characters."""
-
-    text: str
-    start: int = field(default=0, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallStart:
-    """Opens call number `index`; its arguments follow."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallArguments:
-    """A fragment of a call's arguments; the fragments of one call join to a JSON object."""
-
-    index: int
-    text: str
-
-
-Delta = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallArguments
 
 
 @dataclass(frozen=True, slots=True)
