@@ -5,9 +5,12 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mlx_step35.chat.template import ChatTemplate
 from mlx_step35.chat.tokenizer import Tokenizer
+
+LONG_ANSWER = 30  # tokens
 
 ROOT = Path(__file__).parent.parent
 DIALOGUES = ROOT / "tests" / "data" / "heldout_dialogues.jsonl"
@@ -18,12 +21,21 @@ from tools.nano.data import source_files  # noqa: E402
 
 
 def dialogues(path: Path, tokenizer: Tokenizer, count: int, rng: random.Random) -> Iterator[list[int]]:
-    """Held-out conversations up to one of their answers."""
+    """Held-out conversations up to an answer that is long enough to time."""
     template = ChatTemplate.from_directory(path)
+
+    def ids(row: dict[str, Any], end: int) -> list[int]:
+        return tokenizer.encode_rendered(template.render(row["messages"][:end], row["tools"]))
+
     rows = [json.loads(line) for line in DIALOGUES.read_text().splitlines()]
-    for row in rng.sample(rows, min(count, len(rows))):
-        answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-        yield tokenizer.encode_rendered(template.render(row["messages"][: rng.choice(answers)], row["tools"]))
+    cuts = [
+        (row, end)
+        for row in rows
+        for end, message in enumerate(row["messages"])
+        if message["role"] == "assistant" and len(ids(row, end + 1)) - len(ids(row, end)) >= LONG_ANSWER
+    ]
+    for row, end in rng.sample(cuts, min(count, len(cuts))):
+        yield ids(row, end)
 
 
 def sources(tokenizer: Tokenizer, count: int, rng: random.Random, max_tokens: int) -> Iterator[list[int]]:

@@ -4,8 +4,9 @@
     python benchmarks/speculation.py --acceptance
 
 Both run in one process on one float32 copy of the weights and take turns prompt by prompt, so that whatever
-else the machine does hits both. Prompts are held-out dialogues, cut before an answer, and held-out source
-files of the standard library, cut at a random line. Ratios are ours over mlx-lm's for the same prompt;
+else the machine does hits both. Prompts are held-out dialogues, cut before an answer of some length, and
+held-out source files of the standard library, cut at a random line. An answer ends where the model ends it:
+nobody reads what it would make up behind. Ratios are ours over mlx-lm's for the same prompt;
 forward passes count from the second token, because the first comes with the prompt. One depth controller
 serves all runs of a case on one kind of prompt, as in a server. `--acceptance` compares the acceptance rules
 instead.
@@ -19,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,9 @@ class Result:
 
     def summary(self) -> dict[str, Any]:
         quartiles = statistics.quantiles(self.ratios, n=4) if len(self.ratios) > 1 else self.ratios * 3
-        # Given that the drafts before were accepted.
-        reached = [sum(self.drafted[:1]), *self.accepted[:-1]]
+        # Given that the drafts before were accepted; where the depth changes, that is not known.
+        is_fixed = len(set(self.drafted)) == 1
+        reached = [sum(self.drafted[:1]), *self.accepted[:-1]] if is_fixed else []
         return {
             "speed_ratio": round(statistics.median(self.ratios), 3),
             "quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
@@ -171,15 +173,18 @@ def compare(
     """Every case on every prompt, each between two runs of mlx-lm."""
     results = {case.name: Result() for case in cases}
     controllers = {case.name: make_controller(model) for case in cases}
+    eos_token_ids = model.config.eos_token_ids
     for number, prompt in enumerate(prompts):
-        before, expected = theirs(reference, prompt, num_tokens, temperature, clock)
+        before, expected = theirs(reference, prompt, num_tokens, temperature, eos_token_ids, clock)
         for case in cases:
             stats, ours_tps, tokens = ours(
                 model, case, prompt, num_tokens, temperature, number, clock, controllers[case.name]
             )
-            after, _ = theirs(reference, prompt, num_tokens, temperature, clock)
+            after, _ = theirs(reference, prompt, num_tokens, temperature, eos_token_ids, clock)
             is_equal = temperature > 0 or tokens == expected
-            results[case.name].add(2 * ours_tps / (before + after), stats, is_equal)
+            # A sampled answer may end at once, and then there is no speed to compare.
+            if ours_tps and before and after:
+                results[case.name].add(2 * ours_tps / (before + after), stats, is_equal)
             before = after
     return results
 
@@ -266,22 +271,32 @@ def ours(
         drafter=drafter,
         controller=controller,
     )
-    tokens = [next(stream).token]
-    start = CLOCKS[clock]()
-    tokens += [decoded.token for decoded in stream]
-    return stats, (len(tokens) - 1) / (CLOCKS[clock]() - start), tokens
+    with closing(stream):
+        speed, tokens = timed((decoded.token for decoded in stream), model.config.eos_token_ids, clock)
+    return stats, speed, tokens
 
 
 def theirs(
-    reference: Any, prompt: list[int], num_tokens: int, temperature: float, clock: str
+    reference: Any,
+    prompt: list[int],
+    num_tokens: int,
+    temperature: float,
+    eos_token_ids: Sequence[int],
+    clock: str,
 ) -> tuple[float, list[int]]:
     """mlx-lm's tokens per second after the first token, and its tokens."""
     stream = generate_step(
         mx.array(prompt), reference, max_tokens=num_tokens, sampler=make_sampler(temperature)
     )
-    tokens = [int(next(stream)[0])]
+    return timed((int(token) for token, _ in stream), eos_token_ids, clock)
+
+
+def timed(stream: Iterator[int], eos_token_ids: Sequence[int], clock: str) -> tuple[float, list[int]]:
+    """Tokens per second after the first token, and the tokens up to the end of the text."""
+    tokens = [next(stream)]
     start = CLOCKS[clock]()
-    tokens += [int(token) for token, _ in stream]
+    while tokens[-1] not in eos_token_ids and (token := next(stream, None)) is not None:
+        tokens.append(token)
     return (len(tokens) - 1) / (CLOCKS[clock]() - start), tokens
 
 
