@@ -3,7 +3,7 @@
 Warm-up, constant rate, then linear decay to zero over the last part (WSD), so a run can be prolonged from
 any checkpoint of the constant part. Resumable: the state is written every few minutes.
 
-    python -m tools.nano.train --out DIR --tokens 12000000
+    python -m tools.nano.train --out DIR --tokens 15000000
 """
 
 import argparse
@@ -102,8 +102,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("build/nano"), help="where state and log go")
-    parser.add_argument("--tokens", type=int, default=12_000_000, help="training tokens in all")
-    parser.add_argument("--decay", type=float, default=0.25, help="last part of the run, with falling rate")
+    parser.add_argument("--tokens", type=int, default=15_000_000, help="training tokens in all")
+    parser.add_argument("--decay", type=float, default=0.2, help="last part of the run, with falling rate")
     parser.add_argument("--source-share", type=float, default=data.SOURCE_SHARE, help="of tokens")
     parser.add_argument("--drill-share", type=float, default=data.DRILL_SHARE, help="of dialogues")
     parser.add_argument("--seed", type=int, default=0)
