@@ -21,14 +21,13 @@ from mlx_step35.convert import convert
 from mlx_step35.layout import Recipe, backbone_weights
 from mlx_step35.quality import chunks_of, measure, read_text
 from mlx_step35.quantization import Quantization
-from mlx_step35.recipes import Order, first_layers, fit_recipe
+from mlx_step35.recipes import Order, fit_recipe, outer_layers
 
 
 def orders(config: ModelConfig) -> dict[str, Order]:
-    last = config.num_layers - 1
     return {
-        "first layers first": first_layers,
-        "first and last layers first": lambda weight: (min(weight.layer or 0, last - (weight.layer or 0)),),
+        "first layers first": lambda weight: (weight.layer or 0, not weight.path.endswith("down_proj")),
+        "first and last layers first": outer_layers(config),
         "last layers first": lambda weight: (-(weight.layer or 0),),
         "down projections first": lambda weight: (not weight.path.endswith("down_proj"), weight.layer or 0),
         "gate and up projections first": lambda weight: (

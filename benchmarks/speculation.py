@@ -90,8 +90,9 @@ class Result:
 
     def summary(self) -> dict[str, Any]:
         quartiles = statistics.quantiles(self.ratios, n=4) if len(self.ratios) > 1 else self.ratios * 3
-        # Given that the drafts before were accepted; where the depth changes, that is not known.
-        is_fixed = len(set(self.drafted)) == 1
+        # Given that the drafts before were accepted; where the depth changes (but for the last rounds of an
+        # answer), that is not known.
+        is_fixed = min(self.drafted, default=0) > 0.8 * max(self.drafted, default=0)
         reached = [sum(self.drafted[:1]), *self.accepted[:-1]] if is_fixed else []
         return {
             "speed_ratio": round(statistics.median(self.ratios), 3),

@@ -105,16 +105,24 @@ def machine_recipe(
     return replace(fit_recipe(config, limit - caches - RECIPE_WORKSPACE - heads, dtype), name=name)
 
 
-def first_layers(weight: Weight) -> tuple[int, ...]:
-    """Early layers gain most, because all later ones see their error (figures in docs/conversion.md)."""
-    return (weight.layer or 0, not weight.path.endswith("down_proj"))
+def outer_layers(config: ModelConfig) -> Order:
+    """From both ends inwards: all later layers see an early one's error, and none repairs a late one's.
+
+    Figures in docs/conversion.md.
+    """
+
+    def order(weight: Weight) -> tuple[int, ...]:
+        layer = weight.layer or 0
+        return (min(layer, config.num_layers - 1 - layer), layer, not weight.path.endswith("down_proj"))
+
+    return order
 
 
-def fit_recipe(config: ModelConfig, budget: int, dtype: str = "BF16", order: Order = first_layers) -> Recipe:
+def fit_recipe(config: ModelConfig, budget: int, dtype: str = "BF16", order: Order | None = None) -> Recipe:
     """The best recipe whose backbone takes at most `budget` bytes. Raises CapacityError for too small ones.
 
     Every group of experts reaches a rung before any goes beyond it, because each bit less doubles the error;
-    within a rung `order` decides.
+    within a rung `order` decides, `outer_layers` by default.
     """
     weights = backbone_weights(config)
     choices = _base_choices(weights, experts=EXPERT_RUNGS[0].bits, rest=8 if budget >= ROOMY_BYTES else 6)
@@ -125,7 +133,7 @@ def fit_recipe(config: ModelConfig, budget: int, dtype: str = "BF16", order: Ord
             f"the smallest recipe takes {readable_bytes(budget - left)}, "
             f"the budget is {readable_bytes(max(budget, 0))}"
         )
-    for weight, rung in _upgrades(weights, order):
+    for weight, rung in _upgrades(weights, order or outer_layers(config)):
         cost = _nbytes(weight, rung, dtype) - _nbytes(weight, choices[weight.path], dtype)
         if cost <= left:
             choices[weight.path] = rung
