@@ -153,4 +153,6 @@ class Worker:
 
 def _of_content(output: Output, logprobs: dict[int, Logprobs]) -> list[Logprobs]:
     """Log-probabilities of the tokens that have become content, taken out."""
+    if not logprobs:
+        return []
     return [logprobs.pop(number) for number in output.content_tokens() if number in logprobs]
