@@ -42,14 +42,10 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, mask: Mask = None, cache: AttentionCache | None = None) -> mx.array:
         batch, length, _ = x.shape
-        # Norm before rotation; one weight vector for all heads. (B, L, H, D) -> (B, H, L, D)
-        queries = self.q_norm(self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim))
-        keys = self.k_norm(self.k_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim))
-        values = self.v_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
-        values = values.transpose(0, 2, 1, 3)
         offset = 0 if cache is None else cache.offset
+        queries = self.q_norm(self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim))
         queries = self.rope(queries.transpose(0, 2, 1, 3), offset)
-        keys = self.rope(keys.transpose(0, 2, 1, 3), offset)
+        keys, values = self._keys_and_values(x, offset)
         if cache is not None:
             keys, values = cache.update(keys, values)
         output = self._attend(queries, keys, values, mask)
@@ -58,6 +54,16 @@ class Attention(nn.Module):
             # One scalar per head, from the same normed input that feeds q_proj.
             output = _gated(output, self.g_proj(x)[..., None])
         return self.o_proj(output.reshape(batch, length, -1))
+
+    def absorb(self, x: mx.array, cache: AttentionCache) -> None:
+        """Append the keys and values of x (B, L, D) and compute nothing else."""
+        cache.update(*self._keys_and_values(x, cache.offset))
+
+    def _keys_and_values(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array]:
+        # Norm before rotation; one weight vector for all heads. (B, L, H, D) -> (B, H, L, D)
+        shape = (*x.shape[:2], self.num_kv_heads, self.head_dim)
+        keys = self.k_norm(self.k_proj(x).reshape(shape)).transpose(0, 2, 1, 3)
+        return self.rope(keys, offset), self.v_proj(x).reshape(shape).transpose(0, 2, 1, 3)
 
     def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
         length, num_past = queries.shape[2], keys.shape[2] - queries.shape[2]

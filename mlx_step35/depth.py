@@ -12,7 +12,7 @@ from functools import cache
 from itertools import accumulate
 from math import exp, pow
 from operator import mul
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mlx_step35.config import ModelConfig
 from mlx_step35.speed import Reads
@@ -46,28 +46,32 @@ LEAD = 1.015
 # Share of all decode time that trying apparently worse kinds may cost.
 PROBE_SHARE = 0.015
 # Plain rounds that trying may cost before any were saved up.
-PROBE_CREDIT = 2
+PROBE_CREDIT = 5
 # Plain rounds between two kinds of drafting: they are what all else is compared with, and one may be a pause.
 MIN_PLAIN_ROUNDS = 4
 # Rounds between two probes at first; the distance doubles while probes change nothing.
-PROBE_INTERVAL = 24
+PROBE_INTERVAL = 16
 MAX_PROBE_INTERVAL = 192
 # A probe may lose as much as this many rounds without a right draft, and ends after so many in any case.
 PROBE_ROUNDS = 3
 MAX_PROBE_ROUNDS = 12
-# Deviations by which a plan's time may be better than thought when the plan to try is picked.
+# A round of a probe is taken to lose at least this part of a plain one.
+LEAST_LOSS = 0.1
+# Deviations by which a plan's time may be better than thought, and the gain that any plan may turn out to
+# have, when the plan to try is picked.
 OPTIMISM = 2.0
-# Rounds over which the cost of bringing MTP layers up to date is spread when plans are compared.
-CATCH_UP_ROUNDS = 16
+LEAST_GAIN = 0.02
+# Rounds over which the cost of bringing MTP layers up to date is spread when plans are compared: about those
+# of a short answer, since every answer has to pay it anew.
+CATCH_UP_ROUNDS = 48
 # Plain rounds that catching up on rows was seen to take, and those rows: the assumption before any was seen.
-CATCH_UP_PRIOR = (0.5, 50.0)
+CATCH_UP_PRIOR = (0.2, 50.0)
 CATCH_UP_DECAY = 0.8
 # A row of one layer never takes more than this part of a plain round, whatever else slowed the round down.
 CATCH_UP_LIMIT = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """One round: `depth` drafts from a source; a plain round drafts nothing."""
 
     source: Source
@@ -308,7 +312,7 @@ class DepthController:
         return offer.catch_up_rows(plan) * rounds / rows * self.round_s(PLAIN, context)
 
     def _next_probe(self, context: int, offer: Offer) -> _Probe | None:
-        """The most promising plan not tried for long, if the budget covers that every draft is wrong."""
+        """The plan not tried for long that promises most for its price, once the budget covers that."""
         due = self._round - self._probe_interval
         stale = [
             plan
@@ -317,21 +321,27 @@ class DepthController:
         ]
         if not stale:
             return None
+        plain_s, token_s = self.round_s(PLAIN, context), self._token_s(context)
+        # What it costs if every draft is wrong.
+        limits = {
+            plan: PROBE_ROUNDS * max(self.round_s(plan, context) - token_s, LEAST_LOSS * plain_s)
+            for plan in stale
+        }
+        catch_ups = {plan: self._catch_up_s(plan, context, offer) for plan in stale}
 
-        def hope(plan: Plan) -> float:
+        def worth(plan: Plan) -> float:
             doubt = self._times.deviation(plan, self._best)
-            return self._speed(plan, context, offer) * exp(OPTIMISM * doubt)
+            gain = self._speed(plan, context, offer) * exp(OPTIMISM * doubt) * token_s - 1
+            return max(gain, LEAST_GAIN) / (limits[plan] + catch_ups[plan])
 
-        # Not one that the budget covers sooner: then this one would never be tried.
-        plan = max(stale, key=hope)
-        limit_s = PROBE_ROUNDS * (self.round_s(plan, context) - self._token_s(context))
-        catch_up_s = self._catch_up_s(plan, context, offer)
-        saved_s = PROBE_CREDIT * self.round_s(PLAIN, context) + PROBE_SHARE * self._elapsed_s
-        if limit_s + catch_up_s > saved_s - self._probe_debt_s:
+        # If the budget does not cover it yet, it is saved up: else it would always go to cheaper plans.
+        plan = max(stale, key=worth)
+        saved_s = PROBE_CREDIT * plain_s + PROBE_SHARE * self._elapsed_s
+        if limits[plan] + catch_ups[plan] > saved_s - self._probe_debt_s:
             return None
         self._probe_interval = min(2 * self._probe_interval, MAX_PROBE_INTERVAL)
-        self._probe_debt_s += catch_up_s
-        return _Probe(plan, limit_s)
+        self._probe_debt_s += catch_ups[plan]
+        return _Probe(plan, limits[plan])
 
 
 @cache

@@ -57,10 +57,16 @@ class MTPLayer(nn.Module):
     def __call__(
         self, embeddings: mx.array, hidden: mx.array, mask: Mask, cache: AttentionCache | None
     ) -> mx.array:
-        fused = mx.concatenate([self.enorm(embeddings), self.hnorm(hidden)], axis=-1)
-        x = self.eh_proj(fused)
+        x = self._fuse(embeddings, hidden)
         x = x + self.self_attn(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def absorb(self, embeddings: mx.array, hidden: mx.array, cache: AttentionCache) -> None:
+        """Advance the cache over rows whose outputs nobody needs."""
+        self.self_attn.absorb(self.input_layernorm(self._fuse(embeddings, hidden)), cache)
+
+    def _fuse(self, embeddings: mx.array, hidden: mx.array) -> mx.array:
+        return self.eh_proj(mx.concatenate([self.enorm(embeddings), self.hnorm(hidden)], axis=-1))
 
 
 class MTP(nn.Module):
@@ -91,6 +97,10 @@ class MTP(nn.Module):
         window = self.config.mtp_layers[k].window
         mask = window_mask(num_tokens, 0, window) if cache is None else cache.mask(num_tokens)
         return self.layers[k](embeddings, hidden, mask, cache)
+
+    def absorb(self, k: int, embeddings: mx.array, hidden: mx.array, cache: LayerCache) -> None:
+        """Advance layer k's cache over rows, given as to `step`, whose outputs nobody needs."""
+        self.layers[k].absorb(embeddings, hidden, cache)
 
     def logits(self, k: int, hidden: mx.array) -> mx.array:
         """Logits (B, L, vocabulary) for tokens i+2+k, from what `step` returned for rows i."""

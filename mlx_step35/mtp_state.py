@@ -26,6 +26,10 @@ MAX_CHUNKS = 32
 # A layer that is this many rows behind is not behind: one round brings that many.
 NEW_ROWS = 6
 
+# What a row costs that serves for its keys only, beside others: the share of a layer's weights that it uses
+# (0.15 on the real model).
+KEY_ROW_COST = 0.2
+
 # From draft logits (1, V), the drafts before it and how many these are, to a token (1,) and, where acceptance
 # needs them, the log-probabilities (1, V) it was sampled from.
 ChooseDraft = Callable[[mx.array, Sequence[mx.array]], tuple[mx.array, mx.array | None]]
@@ -94,8 +98,11 @@ class DraftState:
         self._hidden[0].append(hidden, at)
 
     def rows_behind(self, depth: int) -> int:
-        """Rows that `propose` would run beyond those of the newest round, over all layers it uses."""
-        return sum(max(self.end - run.start - NEW_ROWS, 0) for run in self._plan(depth))
+        """Rows that `propose` would run beyond those of the newest round, over all layers it uses.
+
+        Counted by what they cost: rows that serve for their keys only are parts of a row.
+        """
+        return sum(max(round(self._cost(run)) - NEW_ROWS, 0) for run in self._plan(depth))
 
     def propose(self, depth: int, tokens: Sequence[int], choose: ChooseDraft) -> Proposal:
         """Draft `depth` tokens that follow `tokens`, all of them: one per row seen, and the pending one."""
@@ -138,16 +145,21 @@ class DraftState:
             visible = max(wanted - self._reach, self._origin)
             resume = min(layer.end, wanted)
             continues = layer.first <= visible <= resume and layer.can_end_at(resume)
-            run = (
-                _Run(resume, False) if continues else _Run(max(visible, hidden.first if k == 0 else 0), True)
-            )
+            start = resume if continues else max(visible, hidden.first if k == 0 else 0)
+            # Rows whose window was cut off at the layer's first row serve for their keys only.
+            first = layer.first if continues else start
+            exact = first if first == self._origin else first + self._reach
+            run = _Run(start, min(max(start, exact), newest), not continues)
             has_input = hidden.first <= run.start <= hidden.end
             wanted = min(hidden.end if has_input else run.start, newest)
             runs.append(run)
         return runs[::-1]
 
+    def _cost(self, run: "_Run") -> float:
+        return self.end - run.exact + KEY_ROW_COST * (run.exact - run.start)
+
     def _run(self, k: int, run: "_Run", tokens: Sequence[int], drafts: Sequence[mx.array]) -> mx.array:
-        """Bring layer k from the start of its run to the newest row; returns its outputs, the newest last."""
+        """Bring layer k from the start of its run to the newest row; returns its exact outputs."""
         layer = self._layers[k]
         if run.resets:
             layer.cache = self._mtp.make_cache()[k]
@@ -159,13 +171,13 @@ class DraftState:
         ids = [mx.array(known, dtype=mx.uint32)] if known else []
         ids += drafts[k - num_unknown : k]
         embeddings = self._embed(mx.concatenate(ids)[None])
-        hidden = self._mtp.step(k, embeddings, self._hidden[k].read(run.start, self.end), layer.cache)
+        hidden = self._hidden[k].read(run.start, self.end)
+        if num_keys := run.exact - run.start:
+            self._mtp.absorb(k, embeddings[:, :num_keys], hidden[:, :num_keys], layer.cache)
+        hidden = self._mtp.step(k, embeddings[:, num_keys:], hidden[:, num_keys:], layer.cache)
         layer.end = self.end
         if k + 1 < self.max_depth:
-            # Rows whose window was cut off at the start of the run serve for their keys only.
-            exact = layer.first if layer.first == self._origin else layer.first + self._reach
-            at = max(run.start, exact)
-            self._hidden[k + 1].append(hidden[:, at - run.start :], at)
+            self._hidden[k + 1].append(hidden, run.exact)
         return hidden
 
     def _truncate(self, k: int, end: int) -> None:
@@ -183,9 +195,13 @@ class DraftState:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """The rows a layer runs for one draft: from `start` to the newest; a reset empties its cache first."""
+    """The rows a layer runs for one draft: from `start` to the newest, with outputs from `exact` on.
+
+    A reset empties the layer's cache first.
+    """
 
     start: int
+    exact: int
     resets: bool
 
 

@@ -48,6 +48,19 @@ def test_three_layers_equal_their_formulas(tiny_model: Model, reference: Referen
         np.testing.assert_allclose(np.array(logits[0]), reference.mtp_logits(k, expected[k]), atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 30])
+def test_absorbing_leaves_what_a_step_leaves(tiny_model: Model, ids: list[int], rows: int) -> None:
+    tokens = mx.array([ids])
+    embeddings, hidden = tiny_model.embed(tokens)[:, 1:], tiny_model.hidden(tokens)[:, :-1]
+    for k, expected in enumerate(chain(tiny_model, ids)):
+        [cache] = tiny_model.mtp.make_cache()[k : k + 1]
+        tiny_model.mtp.absorb(k, embeddings[:, k : k + rows], hidden[:, :rows], cache)
+        rest = hidden[:, rows : LENGTH - 1 - k]
+        output = tiny_model.mtp.step(k, embeddings[:, k + rows :], rest, cache)
+        np.testing.assert_allclose(np.array(output), np.array(expected[:, rows:]), atol=1e-4)
+        hidden = expected
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 13])
 def test_chunks_through_the_caches_equal_one_pass(tiny_model: Model, ids: list[int], chunk: int) -> None:
     expected = chain(tiny_model, ids)

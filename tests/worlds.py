@@ -7,10 +7,9 @@ compared is the true cost of what it chose, in which noise has no part.
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from operator import mul
 
 from mlx_step35.depth import PLAIN, DepthController, Offer, Plan
 
@@ -55,8 +54,10 @@ class World:
     num_tokens: int = 8000
     seed: int = 0
     depths: tuple[int, ...] = DEPTHS
-    # Rows of a layer that may have to be caught up on, and what one costs.
-    reach: int = 0
+    # A new answer every so many tokens: there the layers have seen nothing.
+    answer_tokens: int = 8000
+    # Rows before the newest that one layer sees, and what it costs to run one row.
+    window: int = 64
     row_cost: float = 0.02
     generator: random.Random = field(init=False)
 
@@ -81,10 +82,23 @@ class World:
     def fixed(self, plan: Plan, start: int = 0) -> float:
         """True cost of decoding everything from `start` on with one plan."""
         position, cost = start, 0.0
+        answer = start // self.answer_tokens if start else -1
         while position < self.num_tokens:
+            if position // self.answer_tokens != answer:
+                answer = position // self.answer_tokens
+                cost += self.row_cost * self.rows_behind([self.num_tokens] * 3, plan.depth)
             cost += self.cost(plan, position)
             position += self.accepted(plan, position) + 1
         return cost
+
+    def rows_behind(self, behind: Sequence[int], depth: int) -> int:
+        """Rows that the first `depth` layers must run, given how many each did not see.
+
+        One that starts again needs a window of rows for their keys only, which are a fifth of the work.
+        """
+        reach = self.window - 1
+        again = [int((depth - k - 0.8) * reach) for k in range(depth)]
+        return sum(max(min(*counts) - 6, 0) for counts in zip(again, behind, strict=False))
 
     def off(self, start: int = 0) -> float:
         return self.fixed(PLAIN, start)
@@ -96,11 +110,13 @@ class World:
     def auto(self, controller: DepthController, settled: int = 400) -> tuple[float, Counter[Plan]]:
         """True cost of what the controller chose from position `settled` on, and its plans there."""
         chosen: Counter[Plan] = Counter()
-        position, cost, num_rounds, behind = 0, 0.0, 0, self.reach
+        position, cost, num_rounds, answer = 0, 0.0, 0, -1
+        behind: list[int] = []
         while position < self.num_tokens:
+            if position // self.answer_tokens != answer:
+                behind, answer = [self.num_tokens] * 3, position // self.answer_tokens
             num_drafts, _, match_length = self.lookup(position)
-            rows = partial(mul, max(behind - 6, 0))
-            offer = Offer(self.depths, num_drafts, match_length, rows)
+            offer = Offer(self.depths, num_drafts, match_length, partial(self.rows_behind, behind))
             plan = controller.choose(position, offer)
             accepted, caught_up = self.accepted(plan, position), offer.catch_up_rows(plan)
             true_cost = self.cost(plan, position) + self.row_cost * caught_up
@@ -110,7 +126,8 @@ class World:
             if position >= settled:
                 cost += true_cost
                 chosen[plan] += 1
-            behind = 0 if plan.source == "mtp" else min(behind + accepted + 1, self.reach)
+            used = plan.depth if plan.source == "mtp" else 0
+            behind = [0] * used + [rows + accepted + 1 for rows in behind[used:]]
             position += accepted + 1
         return cost, chosen
 
@@ -153,8 +170,10 @@ def alternating(length: int, first: tuple[float, ...], second: tuple[float, ...]
     return lambda k, position: (second if position // length % 2 else first)[k]
 
 
-# A model as small as nano, where Python and drafting weigh much, and one dominated by the bytes it reads.
+# A model as small as nano, where Python and drafting weigh much, the same on a machine that is slow at large
+# products, and a model dominated by the bytes it reads.
 SMALL = rounds(1.29, 1.35, 1.5, 2.0, 3.0, head=0.2)
+SLOW = rounds(1.42, 1.7, 2.05, 2.4, 3.5, head=0.2)
 LARGE = rounds(1.45, 1.88, 2.31, 3.9, 6.6, head=0.07)
 
 
