@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_step35.cache import ModelCache
 from mlx_step35.decoding.records import DecodeOptions, DecodeStats, Drafter
 from mlx_step35.depth import DepthController, RoundBytes
-from mlx_step35.errors import RequestError
+from mlx_step35.errors import CapacityError, RequestError
 from mlx_step35.guard import answer_length, planner_of, prefill_chunk
 from mlx_step35.memory import Planner
 from mlx_step35.model import Model
@@ -56,6 +56,18 @@ def fit_answer(model: Model, now: int, then: int, num_wanted: int) -> int:
     if num_tokens < num_wanted:
         logger.warning("memory ends this answer after %d of at most %d tokens", num_tokens, num_wanted)
     return num_tokens
+
+
+def has_room(model: Model, now: int, then: int, num_wanted: int, step_size: int) -> bool:
+    """Whether a cache can grow from `now` to `then` tokens and by an answer of so many, at once.
+
+    Raises RequestError for a context that can never fit this machine.
+    """
+    try:
+        fit_prefill(model, now, then, step_size)
+    except CapacityError:
+        return False
+    return answer_length(_planner(model), now, then, num_wanted) == num_wanted
 
 
 def _planner(model: Model) -> Planner:

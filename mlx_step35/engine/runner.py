@@ -8,11 +8,14 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_step35.decoding import Decoded, DecodeOptions, DecodeStats, MTPChoice, decode, make_controller
-from mlx_step35.decoding.setup import fit_prefill
+from mlx_step35.decoding.setup import has_room
 from mlx_step35.engine.request import CancelledError, Candidate, Logprobs, Memory
 from mlx_step35.engine.session import Reuse, Session
 from mlx_step35.errors import CapacityError, RequestError
 from mlx_step35.model import Model
+
+# Saved prompts make room for answers of this length; few of those that may get longer do.
+LIKELY_ANSWER = 8192
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ class Runner:
         """
         session = self._session
         reuse = session.sync(candidate.prompt)
-        self._make_room(len(candidate.prompt))
+        self._make_room(len(candidate.prompt), candidate.max_tokens)
         options = DecodeOptions(
             max_tokens=candidate.max_tokens,
             mtp=mtp,
@@ -90,18 +93,14 @@ class Runner:
         )
         return Run(reuse, stats, self._guarded(stream))
 
-    def _make_room(self, num_tokens: int) -> None:
-        """Give up saved prompts, the least valuable first, where the memory for this one is short."""
-        store = self._session.store
-        while store.nbytes:
-            try:
-                fit_prefill(
-                    self._model, self._session.cache.offset, num_tokens, self._settings.prefill_step_size
-                )
-            except CapacityError:
-                store.shrink(store.nbytes // 2)
-            else:
-                return
+    def _make_room(self, num_tokens: int, max_tokens: int) -> None:
+        """Give up saved prompts, the least valuable first, where the memory for this answer is short."""
+        session, context_length = self._session, self._model.config.context_length
+        num_wanted = max(min(max_tokens, LIKELY_ANSWER, context_length - num_tokens), 1)
+        while session.store.nbytes and not has_room(
+            self._model, session.cache.offset, num_tokens, num_wanted, self._settings.prefill_step_size
+        ):
+            session.store.shrink(session.store.nbytes // 2)
 
     def memory(self) -> Memory:
         """Bytes in use now, at most so far, and in saved prefixes."""

@@ -1,14 +1,20 @@
 """A session over random conversations answers as a cold run does, and recomputes only what it must."""
 
 import random
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
+from mlx_step35 import guard
+from mlx_step35.engine.request import Candidate
+from mlx_step35.engine.runner import Runner
 from mlx_step35.engine.session import Session
 from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftState
 from mlx_step35.prompt_cache.store import PromptCacheStore
+from mlx_step35.sampling import SamplingParams
 from tests.prompt_cache.conversations import Conversation, assert_same, run, run_cold
 
 PLENTY = 10**9
@@ -104,3 +110,25 @@ def assert_same_drafts(ours: DraftState, theirs: DraftState, tokens: list[int]) 
         state.propose(3, tokens, choose)
     for mine, other in zip(*logits, strict=True):
         assert mx.abs(mine - other).max().item() < 1e-4
+
+
+def test_saved_prompts_make_room_for_a_whole_answer(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(11)
+    session = make_session(tiny_model)
+    for length in (300, 350, 400):
+        run(session, tiny_model, [rng.randint(8, 30) for _ in range(length)])
+    arrays: Any = tree_flatten(tiny_model.parameters())
+    needed = guard.planner_of(tiny_model.config, arrays).growth_bytes(0, 40 + 900, 1)
+    saved = session.store.nbytes
+    assert saved > 0
+    monkeypatch.setattr(
+        guard, "headroom", lambda: guard.Headroom(10**12, 0, needed + saved // 3 - session.store.nbytes)
+    )
+    prompt = [rng.randint(8, 30) for _ in range(40)]
+    answer = Candidate(prompt, cast(Any, None), SamplingParams(), max_tokens=900)
+    started = Runner(tiny_model, session).start(answer, "off", False, lambda done, total: None)
+    assert len(list(started.tokens)) == 900
+    # Only as many were given up as it took.
+    assert session.store.num_evicted > 0 and len(session.store) > 0
