@@ -218,7 +218,7 @@ class DepthController:
             self._best = best
             self._plain_until = self._round + MIN_PLAIN_ROUNDS
             self._probe_interval = PROBE_INTERVAL
-            self._probe = None
+            self._end_probe()
         if self._probe is None:
             self._probe = self._next_probe(context, offer)
         preferred = self._probe.plan if self._probe else self._best
@@ -271,8 +271,12 @@ class DepthController:
         probe.rounds += 1
         probe.lost_s += lost_s
         if probe.lost_s >= probe.limit_s or probe.rounds >= MAX_PROBE_ROUNDS:
-            self._probe_debt_s += max(probe.lost_s, 0.0)
-            self._probe = None
+            self._end_probe()
+
+    def _end_probe(self) -> None:
+        if self._probe:
+            self._probe_debt_s += max(self._probe.lost_s, 0.0)
+        self._probe = None
 
     def _unit_s(self, plan: Plan) -> float:
         """Seconds per byte of a plan, or of the measured plan of the nearest depth."""

@@ -148,6 +148,22 @@ def answer_length(planner: Planner, now: int, then: int, wanted: int, room: Head
     return low
 
 
+def shortage(
+    planner: Planner, now: int, then: int, wanted: int, freeable: int, room: Headroom | None = None
+) -> int:
+    """Bytes to free, of `freeable`, to take a cache from `now` to `then` tokens with `wanted` to follow.
+
+    If these can never follow, as many as can; 0 if freeing does not help.
+    """
+    room = room or headroom()
+    emptied = Headroom(room.limit, room.in_use - freeable, room.free + freeable)
+    answer = answer_length(planner, now, then, wanted, emptied)
+    needed = max(
+        planner.growth_bytes(now, then, PREFILL_CHUNKS[-1]), planner.growth_bytes(now, then + answer, 1)
+    )
+    return 0 if needed > emptied.available else max(needed - room.available, 0)
+
+
 def planner_of(config: ModelConfig, arrays: list[tuple[str, mx.array]]) -> Planner:
     """A planner for the parameters of a loaded model."""
     heads = sum(array.nbytes for name, array in arrays if name.startswith("mtp."))

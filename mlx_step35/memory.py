@@ -195,7 +195,7 @@ def snapshot_bytes(config: ModelConfig, context: int, value_bytes: int = 2, *, m
     if not (mtp and config.mtp_layers):
         return sliding + tail
     reach = max(layer.window or config.context_length for layer in config.mtp_layers) - 1
-    rows = min(context, len(config.mtp_layers) * reach + 1)
+    rows = min(context, len(config.mtp_layers) * reach + 1 + SLACK)
     return sliding + tail + rows * config.hidden_size * value_bytes
 
 

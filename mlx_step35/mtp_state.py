@@ -7,7 +7,9 @@ run again otherwise: a draft always equals that of a fresh run over the same tok
 
 Only what the newest row can see matters: d drafts need d * (window - 1) rows before it, because the rows in
 the window of the last layer have windows of their own. A layer that is not asked for falls behind; when it
-is, it runs over what it missed, or starts again from the kept h(0) rows if that is less.
+is, it runs over what it missed, or starts again from the kept h(0) rows if that is less. Some more rows are
+kept for going back; where rows are missing all the same, after an interrupted prompt or many steps back, the
+oldest that is left counts as the first of all.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_step35.cache import LayerCache
+from mlx_step35.cache import DEFAULT_SLACK, LayerCache
 from mlx_step35.mtp import MTP
 from mlx_step35.sampling import Proposal
 
@@ -23,7 +25,7 @@ from mlx_step35.sampling import Proposal
 # row, and a chunk keeps alive the whole pass it was cut from.
 MAX_CHUNKS = 32
 
-# A layer that is this many rows behind is not behind: one round brings that many.
+# A layer that is no more rows behind than this is not behind: a round of MTP drafts brings up to four.
 NEW_ROWS = 6
 
 # What a row costs that serves for its keys only, beside others: the share of a layer's weights that it uses
@@ -59,7 +61,8 @@ class DraftState:
         self._reach = max(reaches)
         self._layers = [_Layer(cache) for cache in mtp.make_cache()]
         self._hidden = [
-            _Rows(first_row, (self.max_depth - k) * self._reach + 1) for k in range(self.max_depth)
+            _Rows(first_row, (self.max_depth - k) * self._reach + 1 + DEFAULT_SLACK)
+            for k in range(self.max_depth)
         ]
         self._origin = first_row
 
@@ -90,10 +93,15 @@ class DraftState:
         """How many of the newest h(0) rows a draft of any depth can depend on."""
         return self.max_depth * self._reach + 1
 
+    @property
+    def num_kept_rows(self) -> int:
+        """How many of the newest h(0) rows to give to `extend`: those, and as many as one can go back."""
+        return self.num_useful_rows + DEFAULT_SLACK
+
     def extend(self, hidden: mx.array, at: int) -> None:
         """Take the residual stream (1, L, D) of rows at..at+L-1, whose tokens are certain.
 
-        Rows between the last seen and `at` may be left out if they are not among the useful ones.
+        Rows between the last seen and `at` may be left out if they will not be among those to keep.
         """
         self._hidden[0].append(hidden, at)
 
@@ -129,31 +137,36 @@ class DraftState:
             self._truncate(k, min(layer.end, self.end - 1 - k))
 
     def snapshot(self) -> DraftSnapshot:
-        """The present h(0) rows as far as they are useful; later calls do not touch them."""
+        """The present h(0) rows as far as they are kept; later calls do not touch them."""
         rows = self._hidden[0]
-        first = max(rows.first, rows.end - self.num_useful_rows)
+        first = max(rows.first, rows.end - self.num_kept_rows)
         return DraftSnapshot(first, rows.read(first, rows.end) if rows.end > first else None)
 
     def _plan(self, depth: int) -> list["_Run"]:
         """Where each of the first `depth` layers must start so that all can draft from the newest row."""
-        newest = self.end - 1
+        newest, origin = self.end - 1, self._first_row()
         runs: list[_Run] = []
         # The last layer only has to give the newest row; what it reads, the layer before it has to give.
         wanted = newest
         for k in reversed(range(depth)):
             layer, hidden = self._layers[k], self._hidden[k]
-            visible = max(wanted - self._reach, self._origin)
+            visible = max(wanted - self._reach, origin)
             resume = min(layer.end, wanted)
-            continues = layer.first <= visible <= resume and layer.can_end_at(resume)
-            start = resume if continues else max(visible, hidden.first if k == 0 else 0)
-            # Rows whose window was cut off at the layer's first row serve for their keys only.
-            first = layer.first if continues else start
-            exact = first if first == self._origin else first + self._reach
-            run = _Run(start, min(max(start, exact), newest), not continues)
+            has_window = layer.first <= visible <= resume and layer.exact <= wanted
+            if has_window and layer.can_end_at(resume):
+                run = _Run(resume, max(resume, layer.exact), False)
+            else:
+                # Rows whose window is cut off serve for their keys only.
+                run = _Run(visible, visible if visible == origin else wanted, True)
             has_input = hidden.first <= run.start <= hidden.end
             wanted = min(hidden.end if has_input else run.start, newest)
             runs.append(run)
         return runs[::-1]
+
+    def _first_row(self) -> int:
+        """The row before which nothing is seen: the first, or the oldest left if too many are gone."""
+        kept = self._hidden[0]
+        return kept.first if self.end - kept.first < self.num_useful_rows else self._origin
 
     def _cost(self, run: "_Run") -> float:
         return self.end - run.exact + KEY_ROW_COST * (run.exact - run.start)
@@ -163,7 +176,7 @@ class DraftState:
         layer = self._layers[k]
         if run.resets:
             layer.cache = self._mtp.make_cache()[k]
-            layer.first = run.start
+            layer.first, layer.exact = run.start, run.exact
         else:
             layer.end_at(run.start)
         known = list(tokens[run.start + 1 + k :])
@@ -181,14 +194,12 @@ class DraftState:
         return hidden
 
     def _truncate(self, k: int, end: int) -> None:
-        """Layer k forgets its rows from `end` on, and with them its outputs."""
+        """Layer k forgets its rows from `end` on, at most its own end, and with them its outputs."""
         layer = self._layers[k]
-        if end > layer.end:
-            return
         if layer.can_end_at(end):
             layer.end_at(end)
         else:
-            layer.first = layer.end = -1
+            layer.first = layer.exact = layer.end = -1
         if k + 1 < self.max_depth:
             self._hidden[k + 1].truncate(end)
 
@@ -208,12 +219,14 @@ class _Run:
 class _Layer:
     """One layer's cache, which holds the keys of rows first..end-1; `first` is the row at its position 0.
 
-    After an interrupted round the cache may have gone further than `end`.
+    Its outputs are right from row `exact` on. After an interrupted round the cache may have gone further than
+    `end`.
     """
 
     def __init__(self, cache: LayerCache) -> None:
         self.cache = cache
         self.first = 0
+        self.exact = 0
         self.end = 0
 
     def can_end_at(self, end: int) -> bool:

@@ -3,8 +3,8 @@
 The logarithm of a round's time is taken as the sum of the machine's pace, which wanders, the cost of the
 round's kind beside a plain round, which hardly changes, and noise. A Kalman filter over pace and costs tells
 them apart: as long as one kind runs alone, slower rounds mean a slower machine; only a change of kind says
-anything about their costs. So a load that comes and goes makes no kind look better. Surprises count only up
-to a few deviations, so a pause does not matter, and the noise itself is learned.
+anything about their costs. So a load that comes and goes makes no kind look better. A surprise beyond a few
+deviations is taken for noise, so a pause hardly matters; how noisy times are is learned.
 """
 
 from collections.abc import Collection, Hashable
@@ -23,8 +23,8 @@ PACE_PRIOR = 1e6
 NOISE = 0.15**2
 LEAST_NOISE = 0.02**2
 NOISE_GAIN = 0.05
-# Deviations up to which a surprise counts.
-SURPRISE = 2.0
+# Deviations beyond which a surprise is taken for noise: it counts the less the larger it is.
+SURPRISE = 2.5
 # The first rounds decide by their median: without a pace every time is a surprise.
 FIRST_ROUNDS = 5
 
@@ -74,10 +74,10 @@ class RoundTimes(Generic[Kind]):
         place = self._place(kind, guess)
         error, variance = self._surprise(place, value)
         if self._unit_s:
-            limit = SURPRISE * sqrt(variance)
-            error = max(-limit, min(error, limit))
-            known = variance - self._noise
-            self._noise = max(self._noise + NOISE_GAIN * (error * error - known - self._noise), LEAST_NOISE)
+            known, limit = variance - self._noise, SURPRISE**2 * variance
+            square = min(error * error, limit)
+            self._noise = max(self._noise + NOISE_GAIN * (square - known - self._noise), LEAST_NOISE)
+            variance = max(variance, error * error / SURPRISE**2)
         self._correct(place, error, variance)
         self._unit_s = {
             kind: exp(self._means[0] + (self._means[place] if place else 0.0))

@@ -19,7 +19,7 @@ class KnowingDrafter:
     """Proposes what follows in `tokens`, the whole text; each draft is wrong with probability `error`."""
 
     max_depth = 3
-    num_useful_rows = 1
+    num_kept_rows = 1
 
     def __init__(self, tokens: Sequence[int], vocab_size: int, error: float, seed: int = 0) -> None:
         self._tokens = list(tokens)
@@ -95,3 +95,28 @@ def check_cache(cache: ModelCache, tokens: Sequence[int]) -> None:
 def prompt_of(length: int, vocab_size: int, seed: int = 0) -> list[int]:
     generator = random.Random(f"{seed} {length}")
     return [generator.randrange(vocab_size) for _ in range(length)]
+
+
+def teacher_forced(model: Model, tokens: list[int], drafts: list[int]) -> list[mx.array]:
+    """Draft logits (V,), one per draft, of a run without caches over `tokens`, the pending one included."""
+    known, rows = [*tokens, *drafts], len(tokens) - 1
+    hidden, logits = model.hidden(mx.array([tokens[:-1]])), []
+    for k in range(len(drafts)):
+        ids = mx.array([known[1 + k : 1 + k + rows]])
+        hidden = model.mtp.step(k, model.embed(ids), hidden, None)
+        logits.append(model.mtp.logits(k, hidden[:, -1:])[0, 0])
+    return logits
+
+
+def assert_fresh(model: Model, state: DraftState, tokens: list[int], depth: int = 3) -> list[int]:
+    """Draft, and compare the logits with those of a fresh run over the same tokens; returns the drafts."""
+    seen: list[mx.array] = []
+
+    def choose(logits: mx.array, _: Any) -> tuple[mx.array, None]:
+        seen.append(logits[0])
+        return mx.argmax(logits, axis=-1), None
+
+    drafts: list[int] = state.propose(depth, tokens, choose).tokens.tolist()
+    for logits, expected in zip(seen, teacher_forced(model, tokens, drafts), strict=True):
+        assert mx.abs(logits - expected).max().item() < 1e-4
+    return drafts

@@ -225,15 +225,27 @@ SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range
 def test_auto_is_near_the_best_fixed_depth_and_never_much_slower_than_off(
     name: str, noise: str, seed: int
 ) -> None:
-    """Once settled: at most 3% over the cost of no drafts; where these pay, 95% of the best speed."""
+    """Once settled: at most 3% over the cost of no drafts; where these pay, 95% of the best speed.
+
+    The worst of some 400 runs may be a little worse.
+    """
     world = World(**WORLDS[name], noise=NOISES[noise], seed=seed)
     # Odd seeds start from estimates that are far off.
     controller = DepthController(unit_bytes if seed % 2 else LARGE)
     cost, _ = world.auto(controller, settled=400)
     off, best = world.off(400), world.best(400)
     assert cost <= 1.03 * off
-    # One of some 300 runs reaches only 0.949: the load changed in the middle of a probe.
     assert best >= (0.94 if seed else 0.95) * cost or best > 0.95 * off
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_new_controller_soon_knows_what_pays(name: str, noise: str, seed: int) -> None:
+    """Over its first 600 tokens, all that it tries included."""
+    world = World(**WORLDS[name], noise=NOISES[noise], seed=seed, num_tokens=600)
+    cost, _ = world.auto(DepthController(unit_bytes if seed % 2 else LARGE), settled=0)
+    assert min(world.best(), world.off()) >= 0.87 * cost
 
 
 def test_a_load_that_comes_and_goes_changes_no_choice() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,10 @@ def test_verbose_prints_text_and_summary(loaded: Loaded, capsys: pytest.CaptureF
     assert text in output
     for word in ("Prompt:", "Generation:", "Passes:", "Drafts (mtp):", "Peak memory:"):
         assert word in output
+    # Every pass is a round, and every round of one depth drafted once.
+    rounds = dict(part.split() for part in re.findall(r"Rounds by depth: (.*)", output)[0].split(", "))
+    assert set(rounds) == {"plain-0", "mtp-1"}
+    assert f"Drafts (mtp): {rounds['mtp-1']} by depth" in output
 
 
 def test_load_gives_the_config_on_request(tiny_path: Path) -> None:

@@ -14,7 +14,8 @@ from mlx_step35.costs import readable_bytes
 from mlx_step35.decoding import DecodeOptions, decode
 from mlx_step35.errors import CapacityError, RequestError
 from mlx_step35.generate import cli, load
-from mlx_step35.guard import Headroom, answer_length, check_load, planner_of, prefill_chunk
+from mlx_step35.generate.api import stream_tokens
+from mlx_step35.guard import Headroom, answer_length, check_load, planner_of, prefill_chunk, shortage
 from mlx_step35.memory import CPU, PREFILL_CHUNKS, Planner
 from mlx_step35.model import Model
 from mlx_step35.sampling import SamplingParams
@@ -137,6 +138,51 @@ def test_a_decode_ends_before_memory_does(
     assert len(found) == answer_length(planner, 0, 200, 1500) < 1500
     assert cache.nbytes <= enough
     assert f"after {len(found)} of at most 1500 tokens" in caplog.text
+
+
+def test_no_more_is_freed_than_an_answer_needs(nano: Planner) -> None:
+    needed = nano.growth_bytes(0, 1000 + 5000, 1)
+
+    def missing(available: int, freeable: int) -> int:
+        return shortage(nano, 0, 1000, 5000, freeable, Headroom(10**12, 10**11, available))
+
+    assert missing(needed, 10**9) == 0
+    assert missing(needed - 1000, 10**9) == 1000
+    # For less than the whole answer: as much of it as can be.
+    short = missing(needed // 2, needed // 4)
+    assert 0 < short <= needed // 4
+    assert answer_length(nano, 0, 1000, 5000, Headroom(10**12, 0, needed // 2 + short)) == answer_length(
+        nano, 0, 1000, 5000, Headroom(10**12, 0, needed // 2 + needed // 4)
+    )
+    # The prompt does not fit whatever is freed.
+    assert missing(0, 1000) == 0
+
+
+def test_an_answer_that_memory_ends_has_a_reason_and_all_its_text(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Letters:
+        """Gives each token's letter out one token late."""
+
+        def __init__(self) -> None:
+            self._held = ""
+
+        def add(self, token: int) -> str:
+            self._held, ready = chr(64 + token), self._held
+            return ready
+
+        def finish(self) -> str:
+            return self._held
+
+    arrays: Any = tree_flatten(tiny_model.parameters())
+    enough = planner_of(tiny_model.config, arrays).growth_bytes(0, 300, 64)
+    monkeypatch.setattr(guard, "headroom", lambda: Headroom(10**12, 0, enough))
+    parts = list(
+        stream_tokens(tiny_model, [1] * 200, Letters(), frozenset(), SamplingParams(), DecodeOptions(1500))
+    )
+    assert len(parts) < 1500 and parts[-1].finish_reason == "length"
+    assert [part.finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
+    assert "".join(part.text for part in parts) == "".join(chr(64 + part.token) for part in parts)
 
 
 def test_vm_stat_is_understood() -> None:

@@ -11,12 +11,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import step3p5
 
+from mlx_step35.cache import DEFAULT_SLACK
 from mlx_step35.checkpoint import load_checkpoint, resolve_model
 from mlx_step35.decoding import prepare
 from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftState
 from mlx_step35.sampling import SamplingParams
-from tests.drafters import GREEDY, KnowingDrafter, prompt_of, run
+from tests.drafters import GREEDY, KnowingDrafter, assert_fresh, prompt_of, run
 from tests.tiny import VOCAB_SIZE, WINDOW
 
 DEPTHS: tuple[Any, ...] = (1, 2, 3, "auto")
@@ -166,18 +167,12 @@ def test_seeded_tokens_go_on_over_turns(tiny_model: Model) -> None:
     assert parts + run(tiny_model, [], 25, sampling, cache=cache, mtp=2) == whole
 
 
+def likeliest(logits: mx.array, _: Sequence[mx.array]) -> tuple[mx.array, None]:
+    return mx.argmax(logits, axis=-1), None
+
+
 class TestDraftState:
     """Drafts after any history equal those of a fresh run over the same tokens."""
-
-    def fresh(self, model: Model, tokens: list[int], drafts: list[int]) -> list[mx.array]:
-        """Draft logits of a teacher-forced run over everything, one per draft."""
-        known, rows = [*tokens, *drafts], len(tokens) - 1
-        hidden, logits = model.hidden(mx.array([tokens[:-1]])), []
-        for k in range(len(drafts)):
-            ids = mx.array([known[1 + k : 1 + k + rows]])
-            hidden = model.mtp.step(k, model.embed(ids), hidden, None)
-            logits.append(model.mtp.logits(k, hidden[:, -1:])[0, 0])
-        return logits
 
     @pytest.mark.parametrize("compiled", [False, True], ids=["as written", "compiled"])
     def test_after_random_histories(self, tiny_path: Any, compiled: bool) -> None:
@@ -192,18 +187,11 @@ class TestDraftState:
             # Now and then no layer, or only the first, is used for longer than the window.
             depth = generator.choice([0, 1] if number % 50 > 30 else [0, 1, 2, 3, 3])
             drafts: list[int] = []
-            if depth:
-                seen: list[mx.array] = []
-
-                def choose(logits: mx.array, _: Any, seen: list[mx.array] = seen) -> tuple[mx.array, None]:
-                    seen.append(logits[0])
-                    return mx.argmax(logits, axis=-1), None
-
-                drafts = state.propose(depth, tokens, choose).tokens.tolist()
-                # Always after a layer was left behind, else now and then: fresh runs take most of the time.
-                if number % 50 < 5 or number % 3 == 0:
-                    for logits, expected in zip(seen, self.fresh(model, tokens, drafts), strict=True):
-                        assert mx.abs(logits - expected).max().item() < 1e-4
+            # Always after a layer was left behind, else now and then: fresh runs take most of the time.
+            if depth and (number % 50 < 5 or number % 3 == 0):
+                drafts = assert_fresh(model, state, tokens, depth)
+            elif depth:
+                drafts = state.propose(depth, tokens, likeliest).tokens.tolist()
             accepted = generator.randint(0, depth)
             # What follows the accepted drafts is not the next draft.
             excluded = drafts[accepted] if accepted < depth else -1
@@ -215,6 +203,46 @@ class TestDraftState:
             state.extend(hidden[:, : accepted + 1], at)
             tokens += [*drafts[:accepted], correction]
             assert state.end == cache.offset == len(tokens) - 1
+
+    @pytest.mark.parametrize("num_rows", [1, 5, DEFAULT_SLACK])
+    def test_after_going_back(self, tiny_model: Model, num_rows: int) -> None:
+        """Only the rows to keep were given, and layers start again on fewer than before."""
+        tokens = prompt_of(80, VOCAB_SIZE)
+        hidden = tiny_model.hidden(mx.array([tokens[:-1]]))
+        for depth in (1, 2, 3):
+            for is_used in (False, True):
+                state = DraftState(tiny_model.mtp, tiny_model.embed)
+                first = hidden.shape[1] - state.num_kept_rows
+                state.extend(hidden[:, first:], first)
+                if is_used:
+                    assert_fresh(tiny_model, state, tokens, 2)
+                state.rollback(num_rows)
+                assert_fresh(tiny_model, state, [*tokens[: -1 - num_rows], 7], depth)
+
+    def test_rows_that_are_missing(self, tiny_model: Model) -> None:
+        """Too few are left by many steps back or an interrupted prompt: drafts come all the same."""
+        generator, hidden = random.Random(4), mx.zeros((1, 400, tiny_model.config.hidden_size))
+        for _ in range(60):
+            state = DraftState(tiny_model.mtp, tiny_model.embed)
+            state.extend(hidden[:, :30], 0)
+            at = generator.randint(20, 200)
+            state.extend(hidden[:, : generator.randint(1, 40)], at)
+            for _ in range(12):
+                if generator.random() < 0.5 and state.end > at + 1:
+                    state.rollback(generator.randint(1, min(state.end - at - 1, DEFAULT_SLACK)))
+                else:
+                    state.extend(hidden[:, : generator.randint(1, 9)], state.end)
+                state.propose(generator.randint(1, 3), [1] * (state.end + 1), likeliest)
+                state.settle(generator.randint(0, 3))
+        # With enough rows again drafts are exact again.
+        tokens = prompt_of(150, VOCAB_SIZE)
+        hidden = tiny_model.hidden(mx.array([tokens[:-1]]))
+        state = DraftState(tiny_model.mtp, tiny_model.embed)
+        state.extend(hidden[:, 60:63], 60)
+        state.propose(3, tokens[:64], likeliest)
+        state.settle(0)
+        state.extend(hidden[:, 63:], 63)
+        assert_fresh(tiny_model, state, tokens)
 
     @pytest.mark.parametrize("depth", [1, 2, 3])
     def test_only_the_useful_rows_matter(self, tiny_model: Model, depth: int) -> None:
@@ -247,8 +275,8 @@ class TestDraftState:
         assert state.num_useful_rows == 3 * (WINDOW - 1) + 1
         for at in range(0, 1000, 4):
             state.extend(mx.zeros((1, 4, tiny_model.config.hidden_size)), at)
-        row_bytes = 4 * tiny_model.config.hidden_size
-        assert state.snapshot().nbytes < (state.num_useful_rows + 5) * row_bytes
+        assert state.num_kept_rows == state.num_useful_rows + DEFAULT_SLACK
+        assert state.snapshot().nbytes == state.num_kept_rows * 4 * tiny_model.config.hidden_size
 
     def test_a_snapshot_is_the_state(self, tiny_model: Model) -> None:
         tokens = prompt_of(60, VOCAB_SIZE)

@@ -67,6 +67,7 @@ class Decoder:
         self._drafter: Drafter | None = None
         # Every token given to or by the model, the pending one included.
         self._known: list[int] = [*cache.tokens, *cache.pending]
+        self._lookup: LookupIndex | None = None
         self._num_left = 0
         self._step_size = options.prefill_step_size
         self._round_start_s = 0.0
@@ -81,7 +82,6 @@ class Decoder:
             raise RequestError(f"mtp={depth}, but the model has {deepest} MTP layers", field="mtp")
         self._depths = (depth,) if depth else tuple(range(deepest + 1))
         self._controller = controller or make_controller(self._model)
-        self._lookup = LookupIndex(self._known[-LOOKUP_TOKENS:]) if options.lookup else None
 
     def run(self, prompt: Sequence[int], on_prefill: PrefillCallback) -> Iterator[Decoded]:
         """Prefill and decode until `max_tokens` or the end of the context."""
@@ -99,6 +99,7 @@ class Decoder:
         num_wanted = min(max_tokens, limit - num_tokens) if max_tokens > 0 else limit - num_tokens
         self._step_size = fit_prefill(self._model, cache.offset, num_tokens, self._options.prefill_step_size)
         self._num_left = fit_answer(self._model, cache.offset, num_tokens, num_wanted)
+        self._stats.token_limit = self._num_left
         self._stats.prompt_tokens += len(prompt)
         num_cached = len(cache.tokens)
         self._stats.cached_tokens += num_cached
@@ -137,7 +138,7 @@ class Decoder:
         cache, options = self._cache, self._options
         ids = [*cache.pending, *prompt]
         start, end = len(cache.tokens), len(cache.tokens) + len(ids)
-        num_useful = self._drafter.num_useful_rows if self._drafter else 0
+        num_kept = self._drafter.num_kept_rows if self._drafter else 0
         on_prefill(0, len(ids))
         at = start
         while True:
@@ -148,14 +149,13 @@ class Decoder:
             cache.tokens += chunk
             cache.pending = []
             # Rows further back than this are of no use to any draft from the next boundary or the end on.
-            useful = min([end, *(goal for goal in options.prefill_boundaries if goal >= stop)]) - num_useful
+            useful = min([end, *(goal for goal in options.prefill_boundaries if goal >= stop)]) - num_kept
             if self._drafter and stop > useful:
                 first = max(useful, at)
                 self._drafter.extend(hidden[:, first - at :], first)
             if stop == end:
                 self._known += prompt
-                if self._lookup:
-                    self._lookup.extend(prompt)
+                self._lookup = LookupIndex(self._known[-LOOKUP_TOKENS:]) if options.lookup else None
                 return hidden[:, -1:]
             mx.eval(cache.state, hidden if stop > useful else [])
             mx.clear_cache()

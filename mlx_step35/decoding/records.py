@@ -59,6 +59,8 @@ class DecodeStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    # How many the answer can have: as many as asked for, or what the context or memory leaves room for.
+    token_limit: int = 0
     forward_passes: int = 0
     prompt_s: float = 0.0
     generation_s: float = 0.0
@@ -73,15 +75,19 @@ class DecodeStats:
     def tokens_per_pass(self) -> float:
         return self.generated_tokens / self.forward_passes if self.forward_passes else 0.0
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """How many rounds had which drafts."""
+        return {f"{plan.source}-{plan.depth}": count for plan, count in sorted(self.rounds.items())}
+
     def as_json(self) -> dict[str, Any]:
         """The speculation figures as JSON values."""
-        ordered = sorted(self.rounds.items(), key=lambda item: (item[0].source, item[0].depth))
         return {
             "forward_passes": self.forward_passes,
             "tokens_per_forward_pass": round(self.tokens_per_pass, 4),
             "drafted": self.drafted,
             "accepted": self.accepted,
-            "depths": {f"{plan.source}-{plan.depth}": count for plan, count in ordered},
+            "depths": self.depths,
             "mtp_off_reason": self.reason_off,
         }
 
@@ -106,7 +112,7 @@ class Drafter(Protocol):
     def end(self) -> int: ...
 
     @property
-    def num_useful_rows(self) -> int: ...
+    def num_kept_rows(self) -> int: ...
 
     def extend(self, hidden: mx.array, at: int) -> None: ...
 

@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten
 from mlx_step35.cache import ModelCache
 from mlx_step35.decoding.records import DecodeOptions, DecodeStats, Drafter
 from mlx_step35.depth import DepthController, RoundBytes
-from mlx_step35.errors import CapacityError, RequestError
-from mlx_step35.guard import answer_length, planner_of, prefill_chunk
+from mlx_step35.errors import RequestError
+from mlx_step35.guard import answer_length, planner_of, prefill_chunk, shortage
 from mlx_step35.memory import Planner
 from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftState
@@ -58,16 +58,9 @@ def fit_answer(model: Model, now: int, then: int, num_wanted: int) -> int:
     return num_tokens
 
 
-def has_room(model: Model, now: int, then: int, num_wanted: int, step_size: int) -> bool:
-    """Whether a cache can grow from `now` to `then` tokens and by an answer of so many, at once.
-
-    Raises RequestError for a context that can never fit this machine.
-    """
-    try:
-        fit_prefill(model, now, then, step_size)
-    except CapacityError:
-        return False
-    return answer_length(_planner(model), now, then, num_wanted) == num_wanted
+def missing_bytes(model: Model, now: int, then: int, num_wanted: int, freeable: int) -> int:
+    """Bytes to free, of `freeable`, for a prompt up to `then` tokens and as much of its answer as can be."""
+    return shortage(_planner(model), now, then, num_wanted, freeable)
 
 
 def _planner(model: Model) -> Planner:

@@ -8,7 +8,7 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_step35.decoding import Decoded, DecodeOptions, DecodeStats, MTPChoice, decode, make_controller
-from mlx_step35.decoding.setup import has_room
+from mlx_step35.decoding.setup import missing_bytes
 from mlx_step35.engine.request import CancelledError, Candidate, Logprobs, Memory
 from mlx_step35.engine.session import Reuse, Session
 from mlx_step35.errors import CapacityError, RequestError
@@ -95,12 +95,16 @@ class Runner:
 
     def _make_room(self, num_tokens: int, max_tokens: int) -> None:
         """Give up saved prompts, the least valuable first, where the memory for this answer is short."""
-        session, context_length = self._session, self._model.config.context_length
-        num_wanted = max(min(max_tokens, LIKELY_ANSWER, context_length - num_tokens), 1)
-        while session.store.nbytes and not has_room(
-            self._model, session.cache.offset, num_tokens, num_wanted, self._settings.prefill_step_size
-        ):
-            session.store.shrink(session.store.nbytes // 2)
+        cache, store = self._session.cache, self._session.store
+        room = self._model.config.context_length - num_tokens
+        num_wanted = max(min(max_tokens, LIKELY_ANSWER, room), 1)
+
+        def missing() -> int:
+            return missing_bytes(self._model, cache.offset, num_tokens, num_wanted, store.nbytes)
+
+        # What is given up may be in use elsewhere and so free less than it counts.
+        while store.nbytes and (num_bytes := missing()):
+            store.shrink(max(store.nbytes - num_bytes, 0))
 
     def memory(self) -> Memory:
         """Bytes in use now, at most so far, and in saved prefixes."""

@@ -235,7 +235,7 @@ class Session:
     def _go_back(self, position: int) -> None:
         self._leave(position, ())
         excess = self.cache.offset - position
-        if excess and self.cache.mtp is not None:
+        if self.cache.mtp is not None:
             self.cache.mtp.rollback(excess)
         self.cache.rollback(excess)
         self.cache.pending = []

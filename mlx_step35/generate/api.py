@@ -185,8 +185,6 @@ def stream_tokens(
     """`stream_generate` behind its tokenizer: decode, detokenize, stop at an end-of-text token."""
     cache = model.make_cache() if cache is None else cache
     stats = DecodeStats()
-    room = model.config.context_length - len(cache.tokens) - len(cache.pending) - len(prompt)
-    limit = min(options.max_tokens, room) if options.max_tokens > 0 else room
     start_s = time.perf_counter()
     prompt_s = 0.0
     # Closed when the caller stops early too, so that its cache ends where the text does.
@@ -198,7 +196,7 @@ def stream_tokens(
                 prompt_s = time.perf_counter() - start_s
                 start_s = time.perf_counter()
             is_stop = item.token in eos_token_ids
-            is_last = is_stop or count == limit
+            is_last = is_stop or count == stats.token_limit
             text = "" if is_stop else detokenizer.add(item.token)
             yield GenerationResponse(
                 text=text + detokenizer.finish() if is_last else text,

@@ -45,7 +45,10 @@ def _drafting(stats: DecodeStats) -> list[str]:
             f"{accepted / max(count, 1):.0%}"
             for count, accepted in zip(drafted, stats.accepted[source], strict=True)
         ]
-        lines.append(f"Drafts ({source}): {sum(drafted)}, accepted by depth {' '.join(shares)}")
+        counts = " ".join(map(str, drafted))
+        lines.append(f"Drafts ({source}): {counts} by depth, accepted {' '.join(shares)}")
+    if lines:
+        lines.append("Rounds by depth: " + ", ".join(f"{name} {n}" for name, n in stats.depths.items()))
     if stats.reason_off:
         lines.append(f"Drafting with MTP was off: {stats.reason_off}")
     return lines

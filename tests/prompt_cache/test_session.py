@@ -1,13 +1,16 @@
 """A session over random conversations answers as a cold run does, and recomputes only what it must."""
 
 import random
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_step35 import guard
+from mlx_step35 import depth, guard
+from mlx_step35.chat.tokenizer import Tokenizer
+from mlx_step35.checkpoint import resolve_model
 from mlx_step35.engine.request import Candidate
 from mlx_step35.engine.runner import Runner
 from mlx_step35.engine.session import Session
@@ -15,6 +18,7 @@ from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftState
 from mlx_step35.prompt_cache.store import PromptCacheStore
 from mlx_step35.sampling import SamplingParams
+from tests.drafters import assert_fresh
 from tests.prompt_cache.conversations import Conversation, assert_same, run, run_cold
 
 PLENTY = 10**9
@@ -97,6 +101,33 @@ def test_every_snapshot_drafts_as_a_cold_run_does(tiny_model: Model) -> None:
         assert cold.sync([*other, 7]).cached_tokens == length + 1
         cold.cache.mtp.rollback(1)
         assert_same_drafts(session.cache.mtp, cold.cache.mtp, other)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_going_back_a_few_tokens(tiny_model: Model, seed: int) -> None:
+    """As an editor's backspace does; the session then forgets rows of its live cache."""
+    rng = random.Random(seed)
+    session = make_session(tiny_model)
+    prompt = [rng.randint(8, 30) for _ in range(rng.randint(60, 120))]
+    for _ in range(6):
+        max_tokens = rng.choice([1, 2, 4, 8])
+        warm = run(session, tiny_model, prompt, (), max_tokens, rng.choice(["auto", 1, 2, 3]))
+        assert_same(warm, run_cold(tiny_model, prompt, max_tokens))
+        prompt = [*prompt[: -rng.randint(1, 3)], rng.randint(8, 30)]
+        reuse = session.sync(prompt)
+        if session.cache.mtp is not None and reuse.cached_tokens == len(prompt) - 1:
+            assert_fresh(tiny_model, session.cache.mtp, prompt)
+
+
+def test_the_newest_token_is_not_taken_for_granted(nano: Model) -> None:
+    """An answer that ends among accepted drafts has MTP rows of its last token, which may not come back."""
+    prompt = Tokenizer.from_directory(resolve_model("nano")).encode(Path(depth.__file__).read_text()[:600])
+    for length in range(2, 9):
+        session = make_session(nano)
+        answer = run(session, nano, prompt, (), 60, 3, close_after=length).tokens
+        other = [*prompt, *answer[:-1], (answer[-1] + 7) % 300, 11]
+        assert session.sync(other).cached_tokens == len(other) - 2
+        assert_fresh(nano, session.cache.mtp, other[:-1])
 
 
 def assert_same_drafts(ours: DraftState, theirs: DraftState, tokens: list[int]) -> None:
