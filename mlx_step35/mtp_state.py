@@ -3,7 +3,7 @@
 Row i of layer k turns hidden row h(k)_i and the token i+1+k into h(k+1)_i. With rows 0..n run through the
 backbone and one more token pending, layer 0 knows all of its tokens and layer k lacks the last k, which only
 drafts can fill in. Such provisional rows are final once their drafts turn out right, and are forgotten and
-run again otherwise: a draft always equals that of a fresh run over the same tokens.
+run again otherwise: a draft equals that of a fresh run over the same tokens.
 
 Only what the newest row can see matters: d drafts need d * (window - 1) rows before it, because the rows in
 the window of the last layer have windows of their own. A layer that is not asked for falls behind; when it

@@ -10,8 +10,7 @@ import pytest
 
 from mlx_step35.cache import ModelCache
 from mlx_step35.checkpoint import load_checkpoint
-from mlx_step35.decoding import DecodeOptions, DecodeStats, decode
-from mlx_step35.decoding.decoder import Decoder
+from mlx_step35.decoding import DecodeOptions, DecodeStats, decode, decoder
 from mlx_step35.depth import PLAIN, Plan
 from mlx_step35.errors import PromptTooLongError, RequestError
 from mlx_step35.model import Model
@@ -205,13 +204,12 @@ def test_one_blocking_read_per_round(tiny_model: Model, monkeypatch: pytest.Monk
         reads.append(ids.size)
         return ids.tolist()  # type: ignore[no-any-return]
 
-    monkeypatch.setattr("mlx_step35.decoding.decoder._read", read)
+    monkeypatch.setattr(decoder, "_read", read)
     for way in WAYS:
         reads.clear()
         stats = DecodeStats()
         run(tiny_model, PROMPT, 30, stats=stats, **way)
         assert len(reads) == stats.forward_passes
-    assert Decoder is not None
 
 
 class Recording:

@@ -303,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, help="sample from the k most likely tokens")
     add("--xtc-probability", type=float, default=0.0, help="how often XTC drops the most likely tokens")
     add("--xtc-threshold", type=float, default=0.1, help="probability from which XTC drops tokens")
-    add("--seed", type=int, help="makes the output reproducible; it does not depend on --mtp")
+    add("--seed", type=int, help="makes the output reproducible, up to rounding with any --mtp")
     add("--mtp", type=_mtp, default="auto", help="drafts by the MTP layers: auto (default), off, 1, 2 or 3")
     add("--no-lookup", action="store_true", help="do not draft by copying from the prompt and the output")
     add("--ignore-chat-template", action="store_true", help="use the prompt as it is")
