@@ -15,7 +15,7 @@ from mlx_step35.depth import PLAIN, Plan
 from mlx_step35.errors import PromptTooLongError, RequestError
 from mlx_step35.model import Model
 from mlx_step35.sampling import CustomSampling, SamplingParams
-from tests.drafters import GREEDY, KnowingDrafter, check_cache, prompt_of, run
+from tests.drafters import GREEDY, KnowingDrafter, assert_fresh, check_cache, prompt_of, run
 from tests.tiny import VOCAB_SIZE, tiny_config, tiny_weights, write_checkpoint
 
 PROMPT = prompt_of(11, VOCAB_SIZE)
@@ -403,3 +403,15 @@ def _after(index: int, other: Any, model: Model) -> Any:
         return other(*arguments) if layer is model.layers[index] else original(layer, *arguments)
 
     return call
+
+
+def test_rolling_a_cache_back_takes_its_drafts_along(tiny_model: Model) -> None:
+    cache = tiny_model.make_cache()
+    run(tiny_model, PROMPT, 30, mtp=3, cache=cache)
+    length = len(cache.tokens)
+    cache.rollback(6)
+    assert cache.offset == len(cache.tokens) == cache.mtp.end == length - 6 and cache.pending == []
+    assert_fresh(tiny_model, cache.mtp, [*cache.tokens, 7])
+    # Tokens the draft state did not see, up to the same length.
+    list(decode(tiny_model, [7, 8, 9], cache, GREEDY, DecodeOptions(4, "off")))
+    assert len(cache.tokens) == length != cache.mtp.end

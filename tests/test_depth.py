@@ -88,7 +88,7 @@ def test_useless_heads_cost_little(seed: int) -> None:
     controller = DepthController(unit_bytes)
     _, start_s = world.run(controller, 300, Offer(ALL))
     # What is tried at first costs a number of rounds, once.
-    assert start_s < (300 + 16) * verify_cost(PLAIN)
+    assert start_s < (300 + 15) * verify_cost(PLAIN)
     _, settled_s = world.run(controller, 4000, Offer(ALL))
     assert settled_s < 1.02 * 4000 * verify_cost(PLAIN)
 

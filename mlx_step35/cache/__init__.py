@@ -97,14 +97,21 @@ class ModelCache(Sequence[LayerCache]):
         return all(layer.can_rollback(num_tokens) for layer in self._layers)
 
     def rollback(self, num_tokens: int) -> None:
-        """Forget the newest tokens everywhere, or raise CacheRollbackError and change nothing."""
+        """Forget the newest tokens everywhere, or raise CacheRollbackError and change nothing.
+
+        A pending token that followed them is forgotten too.
+        """
         if not self.can_rollback(num_tokens):
             raise CacheRollbackError(
                 f"cannot forget {num_tokens} of {self.offset} tokens: sliding layers keep {self.slack}"
             )
         for layer in self._layers:
             layer.rollback(num_tokens)
-        del self.tokens[self.offset :]
+        if len(self.tokens) > self.offset:
+            del self.tokens[self.offset :]
+            self.pending = []
+        if self.mtp is not None and self.mtp.end > self.offset:
+            self.mtp.rollback(self.mtp.end - self.offset)
 
     def snapshot(self) -> ModelSnapshot:
         """The present rows of all layers; later updates do not touch them."""
