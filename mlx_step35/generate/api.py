@@ -27,8 +27,8 @@ from mlx_step35.sampling import CustomSampling, LogitsProcessor, SamplerFunction
 
 # Options of mlx-lm that a caller may pass and this package does not serve.
 NOT_SERVED: Mapping[str, str] = {
-    "draft_model": "the model drafts with its own MTP layers (mtp=)",
-    "num_draft_tokens": "the draft depth is mtp=",
+    "draft_model": "the model drafts with its own MTP layers, see mtp",
+    "num_draft_tokens": "how many tokens to draft is set by mtp: auto, off, 1, 2 or 3",
     "max_kv_size": "three of four layers keep only their window already, and the others need every token",
     "kv_bits": "quantised keys and values lose accuracy over several turns and save little here: "
     "48 KiB per token in bfloat16",
