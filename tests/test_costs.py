@@ -85,7 +85,7 @@ def test_short_contexts_do_not_fill_the_window(config: ModelConfig) -> None:
 def test_a_snapshot_holds_what_a_rollback_and_the_drafts_need(config: ModelConfig) -> None:
     sliding = 33 * (511 + 16) * 4096
     assert memory.snapshot_bytes(config, 65536, mtp=False) == sliding
-    assert memory.snapshot_bytes(config, 65536) == sliding + (3 * 511 + 1) * 4096 * 2
+    assert memory.snapshot_bytes(config, 65536) == sliding + (3 * 511 + 1 + 16) * 4096 * 2
     assert memory.snapshot_bytes(config, 65537, mtp=False) == sliding + 48 * 1024
     assert memory.snapshot_bytes(config, 0) == 0
 
