@@ -212,6 +212,9 @@ class Profile:
         """Medians over the rounds after the first few, which compile."""
         for _ in range(rounds):
             self._round()
+        for depth in (1, 2, 3):
+            for _ in range(10):
+                self._first_draft(depth)
         return {name: round(statistics.median(values[3:]), 3) for name, values in self.parts.items()}
 
     def _round(self) -> None:
@@ -237,6 +240,12 @@ class Profile:
             state.settle(accepted)
             state.extend(hidden[:, : accepted + 1], at)
         self.known += tokens[: accepted + 1]
+
+    def _first_draft(self, depth: int) -> None:
+        """The first draft of an answer: hidden rows of the text are there, the layers have seen none."""
+        state = DraftState.from_snapshot(self.model.mtp, self.model.embed, self.state.snapshot())
+        with self._part(f"first draft, {depth} of 3 layers"):
+            mx.eval(state.propose(depth, self.known, lambda logits, _: self.chooser.draft(logits, 0)).tokens)
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:

@@ -3,7 +3,8 @@
 import warnings
 
 # `generate` and `convert` are functions here and commands too (`python -m mlx_step35.convert`), so their
-# modules are loaded before runpy runs them; its warning about that means nothing here.
+# modules are loaded before runpy runs them; its warning about that means nothing here. The filter has to be
+# set before the modules are loaded, so the imports come behind it.
 warnings.filterwarnings("ignore", r"'mlx_step35\.\w+' found in sys\.modules", RuntimeWarning)
 
 from mlx_step35.convert import convert as convert  # noqa: E402

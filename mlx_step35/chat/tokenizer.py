@@ -132,9 +132,8 @@ class _TokenizersBackend:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from error
         try:
-            # The library raises nothing narrower, whatever is wrong with the file.
             self.tokenizer = tokenizers.Tokenizer.from_str(self._text)
-        except Exception as error:
+        except Exception as error:  # The library raises nothing narrower, whatever is wrong with the file.
             raise CheckpointError(f"{path} is no tokenizer: {error}") from error
         # Truncation or padding stored by a training run would cut prompts in silence.
         self.tokenizer.no_truncation()

@@ -11,8 +11,7 @@ import numpy as np
 from mlx_step35.cache import LayerSnapshot, ModelCache
 from mlx_step35.decoding.records import Decoded, DecodeOptions, DecodeStats, Drafter, PrefillCallback
 from mlx_step35.decoding.setup import (
-    fit_answer,
-    fit_prefill,
+    fit,
     make_controller,
     make_drafter,
     noise_seed,
@@ -97,8 +96,8 @@ class Decoder:
             raise RequestError(f"the model has {vocab_size} tokens, none is {unknown[0]}", field="prompt")
         max_tokens = self._options.max_tokens
         num_wanted = min(max_tokens, limit - num_tokens) if max_tokens > 0 else limit - num_tokens
-        self._step_size = fit_prefill(self._model, cache.offset, num_tokens, self._options.prefill_step_size)
-        self._num_left = fit_answer(self._model, cache.offset, num_tokens, num_wanted)
+        step_size = self._options.prefill_step_size
+        self._step_size, self._num_left = fit(self._model, cache.offset, num_tokens, num_wanted, step_size)
         self._stats.token_limit = self._num_left
         self._stats.prompt_tokens += len(prompt)
         num_cached = len(cache.tokens)

@@ -7,11 +7,11 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_step35 import guard
 from mlx_step35.cache import ModelCache
 from mlx_step35.decoding.records import DecodeOptions, DecodeStats, Drafter
 from mlx_step35.depth import DepthController, RoundBytes
 from mlx_step35.errors import RequestError
-from mlx_step35.guard import answer_length, planner_of, prefill_chunk, shortage
 from mlx_step35.memory import Planner
 from mlx_step35.model import Model
 from mlx_step35.mtp_state import DraftState
@@ -42,30 +42,28 @@ def prepare(model: Model) -> None:
             )
 
 
-def fit_prefill(model: Model, now: int, then: int, step_size: int) -> int:
-    """Prompt tokens per pass, at most `step_size`, with which a cache can grow from `now` to `then` tokens.
+def fit(model: Model, now: int, then: int, num_wanted: int, step_size: int) -> tuple[int, int]:
+    """How a cache can grow from `now` to `then` tokens and by an answer within this machine's memory.
 
-    Raises RequestError for a context that can never fit this machine, CapacityError for one that cannot now.
+    Returns prompt tokens per pass, at most `step_size`, and how many of the wanted tokens can follow. Raises
+    RequestError for a context that can never fit, CapacityError for one that cannot now.
     """
-    return prefill_chunk(_planner(model), now, then, step_size)
-
-
-def fit_answer(model: Model, now: int, then: int, num_wanted: int) -> int:
-    """How many of the wanted tokens can follow once a cache has gone from `now` to `then` tokens."""
-    num_tokens = answer_length(_planner(model), now, then, num_wanted)
+    planner, room = _planner(model), guard.headroom()
+    chunk = guard.prefill_chunk(planner, now, then, step_size, room)
+    num_tokens = guard.answer_length(planner, now, then, num_wanted, room)
     if num_tokens < num_wanted:
         logger.warning("memory ends this answer after %d of at most %d tokens", num_tokens, num_wanted)
-    return num_tokens
+    return chunk, num_tokens
 
 
 def missing_bytes(model: Model, now: int, then: int, num_wanted: int, freeable: int) -> int:
     """Bytes to free, of `freeable`, for a prompt up to `then` tokens and as much of its answer as can be."""
-    return shortage(_planner(model), now, then, num_wanted, freeable)
+    return guard.shortage(_planner(model), now, then, num_wanted, freeable)
 
 
 def _planner(model: Model) -> Planner:
     arrays = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    return planner_of(model.config, arrays)
+    return guard.planner_of(model.config, arrays)
 
 
 def make_drafter(

@@ -109,6 +109,7 @@ def test_going_back_a_few_tokens(tiny_model: Model, seed: int) -> None:
     rng = random.Random(seed)
     session = make_session(tiny_model)
     prompt = [rng.randint(8, 30) for _ in range(rng.randint(60, 120))]
+    num_compared = 0
     for _ in range(6):
         max_tokens = rng.choice([1, 2, 4, 8])
         warm = run(session, tiny_model, prompt, (), max_tokens, rng.choice(["auto", 1, 2, 3]))
@@ -117,6 +118,8 @@ def test_going_back_a_few_tokens(tiny_model: Model, seed: int) -> None:
         reuse = session.sync(prompt)
         if session.cache.mtp is not None and reuse.cached_tokens == len(prompt) - 1:
             assert_fresh(tiny_model, session.cache.mtp, prompt)
+            num_compared += 1
+    assert num_compared >= 3
 
 
 def test_the_newest_token_is_not_taken_for_granted(nano: Model) -> None:
