@@ -22,9 +22,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=4, help="runs of each world (default: %(default)s)")
-    seeds = range(parser.parse_args().seeds)
+    num_seeds = parser.parse_args().seeds
+    if num_seeds < 1:
+        parser.error(f"--seeds must be at least 1, found {num_seeds}")
     for noise in NOISES:
-        runs = [measure(name, noise, seed) for name in WORLDS for seed in seeds]
+        runs = [measure(name, noise, seed) for name in WORLDS for seed in range(num_seeds)]
         over, speed, start = zip(*runs, strict=True)
         print(
             f"{noise:13} over off {max(over):.3f}  speed {min(speed):.3f}  start {min(start):.3f}", flush=True
